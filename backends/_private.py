@@ -1,0 +1,47 @@
+"""Every private name of flax that the backends touch, each with its reason.
+
+Seen in flax 0.12.8 and 0.12.12.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from flax.linen import module as linen_module
+from flax.nnx import graphlib, pytreelib
+from flax.nnx.bridge import ToLinen
+
+# NNX keeps the trace in which an object may change in this attribute; objects that are built from a
+# graph need one of their own.
+PytreeState = pytreelib.PytreeState
+
+# For graph nodes of types that a user registered: how to make an empty one and fill it.
+get_node_impl_for_type = graphlib.get_node_impl_for_type
+GraphNodeImpl = graphlib.GraphNodeImpl
+
+
+def to_linen_call() -> Any:
+    """The function of ``ToLinen.__call__`` below Linen's wrapper, as an interceptor sees it."""
+    return getattr(ToLinen.__call__, "__wrapped__", None)
+
+
+def store_variables(wrapper: ToLinen, module: Any) -> None:
+    """Stores an NNX module's state in the scope of its ToLinen, as flax itself does."""
+    wrapper._update_variables(module)
+
+
+@contextlib.contextmanager
+def no_parent() -> Iterator[None]:
+    """Inside the block, Linen modules are made unbound, whatever module is being called.
+
+    Linen finds the parent of a new module on this stack; there is no public way to say "none" for
+    the modules inside its hyper-parameters.
+    """
+    stack = linen_module._context.module_stack
+    stack.append(None)
+    try:
+        yield
+    finally:
+        stack.pop()

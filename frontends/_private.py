@@ -1,0 +1,209 @@
+"""Every private name of flax and jax that the frontends touch, each with its reason.
+
+Seen in flax 0.12.8 and 0.12.12.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax.core import meta, scope
+from flax.nnx import graphlib
+from flax.nnx.bridge import wrappers
+
+from linsey.ir import AttrValue, Call, Const, Encoder, Map, Ref, reference
+
+
+class Watcher:
+    """What `watching` calls back; a frontend overrides what it wants to know."""
+
+    def put(self, collection: str, path: tuple[str, ...], name: str) -> None:
+        """A variable was written."""
+
+    def draw(self, path: tuple[str, ...], stream: str, *, initialising: bool) -> None:
+        """A key was drawn; `initialising`: by ``self.param`` for its initialiser."""
+
+    def add_axis(self, tree: Any, params: dict[Any, Any]) -> tuple[Any, dict[Any, Any]]:
+        """A lifted transform is about to stack variables along a new axis."""
+        return tree, params
+
+    def call_to_nnx(self, wrapper: Any, run: Callable[[], Any]) -> Any:
+        """A ``bridge.ToNNX`` is called."""
+        return run()
+
+
+class _Active(threading.local):
+    watcher: Watcher | None = None
+    in_param: int = 0
+
+
+_active = _Active()
+_lock = threading.Lock()
+_uses = 0
+
+# Scope is the one place through which every variable and every key of Linen passes, and flax offers
+# no public hook on it: method interception sees calls of modules only.
+_originals: dict[tuple[Any, str], Any] = {
+    (scope.Scope, "put_variable"): scope.Scope.put_variable,
+    (scope.Scope, "make_rng"): scope.Scope.make_rng,
+    (scope.Scope, "param"): scope.Scope.param,
+    # lift calls `meta.add_axis(variables, axis, params)` for each group that a transform stacks.
+    (meta, "add_axis"): meta.add_axis,
+    # The moment at which NNX code enters Linen code; NNX calls cannot be intercepted.
+    (wrappers.ToNNX, "__call__"): wrappers.ToNNX.__call__,
+}
+
+
+def _put_variable(self: Any, col: str, name: str, value: Any) -> None:
+    if _active.watcher is not None:
+        _active.watcher.put(col, self.path, name)
+    _originals[scope.Scope, "put_variable"](self, col, name, value)
+
+
+def _make_rng(self: Any, name: str = "params") -> Any:
+    if _active.watcher is not None:
+        _active.watcher.draw(self.path, name, initialising=_active.in_param > 0)
+    return _originals[scope.Scope, "make_rng"](self, name)
+
+
+def _param(self: Any, name: str, init_fn: Any, *args: Any, **kwargs: Any) -> Any:
+    original = _originals[scope.Scope, "param"]
+    if _active.watcher is None:
+        return original(self, name, init_fn, *args, **kwargs)
+    _active.in_param += 1
+    try:
+        return original(self, name, init_fn, *args, **kwargs)
+    finally:
+        _active.in_param -= 1
+
+
+def _add_axis(tree: Any, index: int, params: dict[Any, Any]) -> Any:
+    if _active.watcher is not None:
+        tree, params = _active.watcher.add_axis(tree, params)
+    return _originals[meta, "add_axis"](tree, index, params)
+
+
+def _call_to_nnx(self: Any, *args: Any, **kwargs: Any) -> Any:
+    run = functools.partial(_originals[wrappers.ToNNX, "__call__"], self, *args, **kwargs)
+    return run() if _active.watcher is None else _active.watcher.call_to_nnx(self, run)
+
+
+_replacements = {
+    (scope.Scope, "put_variable"): _put_variable,
+    (scope.Scope, "make_rng"): _make_rng,
+    (scope.Scope, "param"): _param,
+    (meta, "add_axis"): _add_axis,
+    (wrappers.ToNNX, "__call__"): _call_to_nnx,
+}
+
+
+@contextlib.contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Tells `watcher` what flax does in this thread; other threads are not disturbed."""
+    global _uses
+    with _lock:
+        _uses += 1
+        for (owner, name), replacement in _replacements.items():
+            setattr(owner, name, replacement)
+    previous, _active.watcher = _active.watcher, watcher
+    try:
+        yield
+    finally:
+        _active.watcher = previous
+        with _lock:
+            _uses -= 1
+            if not _uses:
+                for (owner, name), original in _originals.items():
+                    setattr(owner, name, original)
+
+
+# A distinct value of this context makes jax.jit trace again, where it would use what it kept.
+_fresh = jax.make_user_context(default_value=None)
+
+
+def retraced(run: Callable[[], Any]) -> Any:
+    """Runs a call with no use of earlier traces, so that everything in it can be observed."""
+    with _fresh(object()):
+        return run()
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """The captured variables of a function."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return {}
+    cells = function.__closure__ or ()
+    found = {}
+    for name, cell in zip(code.co_freevars, cells, strict=True):
+        with contextlib.suppress(ValueError):  # a cell that is still empty
+            found[name] = cell.cell_contents
+    return found
+
+
+def _innermost(function: Any, maker: str) -> Any:
+    """The function that `maker` made, below the wrappers that flax puts around methods."""
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and code.co_qualname.startswith(maker):
+            return function
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def is_jitted(method: Any) -> bool:
+    """Whether a Linen method is, or is made by, ``nn.jit``: it may skip its Python code."""
+    function = getattr(method, "__func__", getattr(method, "func", method))
+    makers = ("module_class_lift_transform_cached.", "decorator_lift_transform_cached.")
+    return any(_innermost(function, maker) is not None for maker in makers)
+
+
+def transformed_class(cls: type, encode: Encoder) -> AttrValue | None:
+    """A class that ``nn.vmap``, ``nn.scan`` … made, as the call that made it; None for others.
+
+    The call is of ``flax.linen.transforms.lift_transform``, which all of them end in.
+    """
+    methods: dict[str, Any] = {}
+    for name, method in vars(cls).items():
+        function = _innermost(method, "module_class_lift_transform") if callable(method) else None
+        if function is not None:
+            methods[name] = _closure(function)
+    if not methods or len(cls.__bases__) != 1:
+        return None
+    captured = next(iter(methods.values()))
+    transform = captured.get("transform")
+    function = reference(transform) or encode(transform)
+    per_method = tuple(
+        (
+            Const(name),
+            encode((tuple(each.get("trafo_args", ())), dict(each.get("trafo_kwargs", {})))),
+        )
+        for name, each in methods.items()
+    )
+    target = Ref(name="flax.linen.transforms:lift_transform")
+    args = (function, encode(cls.__bases__[0]))
+    return Call(
+        function=target,
+        args=args,
+        kwargs=(("methods", Map(cls=Ref(name="builtins:dict", live=dict), items=per_method)),),
+        live=cls,
+    )
+
+
+
+
+# nnx.graphlib is where NNX itself says what is a node and how it flattens; the public nnx names cover
+# iteration, but neither static attributes nor plain pytrees.
+get_node_impl = graphlib.get_node_impl
+GraphNodeImpl = graphlib.GraphNodeImpl
+DataElem = graphlib.DataElem
+StaticElem = graphlib.StaticElem
+IndexesPytreeDef = graphlib.IndexesPytreeDef
+
+# `bridge.lazy_init` sets this flag around one call; it has no public setter, and a ToNNX inside a
+# ToLinen needs it around a call that flax makes.
+set_initializing = wrappers._set_initializing

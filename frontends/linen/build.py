@@ -1,0 +1,198 @@
+"""Turns what an `Observer` saw of Linen code into nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+import linsey.frontends.nnx.build as nnx_build
+from linsey import _trees
+from linsey.frontends._builder import Builder, Draft
+from linsey.frontends._encode import EPHEMERAL, FlaxEncoder, collection_of, linen_variable
+from linsey.frontends.linen.observe import Call, LinenPath, Module, Observer, StackBox
+from linsey.ir import (
+    Encoder,
+    LoweringError,
+    Path,
+    Signature,
+    Slot,
+    Source,
+    StackAxis,
+    TensorType,
+    Wrapper,
+    format_path,
+)
+
+SlotAt = Callable[[str, Path], int | None]
+"""Gives the slot of a variable by collection and path below the region's root, or None."""
+
+
+class Region:
+    """One connected piece of Linen code, whose root is a node of the graph.
+
+    Args:
+        builder: the graph in the making.
+        root: the node of the region's outermost module.
+        prefix: path of that node in the graph.
+        observer: what was seen of the region.
+    """
+
+    def __init__(self, builder: Builder, root: int, prefix: Path, observer: Observer) -> None:
+        self._builder = builder
+        self._root = root
+        self._prefix = prefix
+        self._observer = observer
+        self._node_of: dict[LinenPath, int] = {}
+        self.encode = FlaxEncoder(lambda module: self._node_of.get(module.scope.path))
+
+    def add_modules(self) -> None:
+        """Adds a node for every module that was called."""
+        paths = list(self._observer.modules)
+        for path in paths:
+            self._node_of[path] = self._builder.at(self._root, path)
+        for path in paths:
+            self._fill(self._node_of[path], path, self._observer.modules[path])
+
+    def _fill(self, number: int, path: LinenPath, seen: Module) -> None:
+        draft = self._builder.nodes[number]
+        for stream, at_call in seen.draws.items():
+            self._builder.path_stream(draft, stream, at_call=at_call)
+        if seen.nnx is not None:
+            return  # its node is that of the NNX module; `add_nnx` fills it
+        draft.op = "module"
+        draft.source = Source(dialect="linen", cls=self.encode(type(seen.instance)))
+        if path:  # the root's attributes come from the module that the user gave
+            draft.attrs.extend(self.encode.fields(seen.instance))
+        draft.signatures.extend(signature(call, self.encode) for call in seen.calls.values())
+
+    def add_nnx(self, slot_at: SlotAt) -> None:
+        """Adds the nodes of the NNX modules that ToLinen wrappers made."""
+        for path, seen in self._observer.modules.items():
+            if seen.nnx is None:
+                continue
+            number, inner = self._node_of[path], (*self._prefix, *path)
+            wrapper = Wrapper(
+                cls=self.encode(type(seen.instance)),
+                attrs=tuple(self.encode.fields(seen.instance)),
+            )
+            walker = nnx_build.Walker(
+                self._builder,
+                slot_of=lambda variable, below, path=path: slot_at(
+                    collection_of(type(variable)), (*path, *below)
+                ),
+                nested=dict(_by_identity(self._observer.nested)),
+            )
+            walker.add(seen.nnx, inner, at=number)
+            self._builder.nodes[number].wrapper = wrapper
+
+    def nnx_variables(self) -> dict[tuple[str, Path], nnx.Variable[Any]]:
+        """The variables of those NNX modules, by collection and path; not their PRNG state."""
+        found: dict[tuple[str, Path], nnx.Variable[Any]] = {}
+        for path, seen in self._observer.modules.items():
+            if seen.nnx is not None:
+                state = nnx.state(seen.nnx, nnx.Not(nnx.RngState))
+                for below, leaf in nnx.to_flat_state(state):
+                    if isinstance(leaf, nnx.Variable):
+                        found[collection_of(type(leaf)), (*path, *below)] = leaf
+        return found
+
+    def bind(self, path: Path, slot: int) -> None:
+        """Gives a slot to the node that its path leads to."""
+        node = self._builder.at(self._root, path[:-1])
+        self._builder.nodes[node].slots.append((path[-1], slot))
+
+
+def _by_identity(nested: list[tuple[Any, Observer]]) -> dict[int, tuple[Any, Observer]]:
+    return {id(wrapper): (wrapper, observer) for wrapper, observer in reversed(nested)}
+
+
+def signature(call: Call, encode: Encoder) -> Signature:
+    """One observed call as data."""
+    try:
+        output = None if call.output is None else _trees.value_type(call.output)
+    except TypeError:  # a module, a string, a function: not a value
+        output = None
+    return Signature(
+        method=call.method,
+        inputs=_trees.input_types(call.args, call.kwargs, encode),
+        output=output,
+    )
+
+
+def add_variables(region: Region, builder: Builder, variables: Mapping[str, Any]) -> None:
+    """Adds a slot for every variable of a Linen variable dict.
+
+    Raises:
+        LoweringError: a variable holds something that is neither an array nor a number.
+    """
+    inner = region.nnx_variables()
+    ends = region._observer.variables
+    edges = {(collection, (*path, name)) for collection, path, name in ends}
+    outer = {(collection, path[:depth]) for collection, path in edges for depth in range(len(path))}
+    stops = (edges - outer) | set(inner)
+    made: dict[tuple[str, Path], int] = {}
+    nnx_roots = {path for path, seen in region._observer.modules.items() if seen.nnx is not None}
+
+    def walk(collection: str, path: Path, value: Any) -> None:
+        at = (collection, path)
+        is_tree = isinstance(value, Mapping)
+        inside_nnx = any(path[: len(root)] == root for root in nnx_roots)
+        if is_tree and (at not in stops or (inside_nnx and at not in inner)):
+            if not value:
+                builder.empty.append((collection, *path))
+            for name, below in value.items():
+                walk(collection, (*path, name), below)
+            return
+        slot = _slot(collection, path, value, region.encode)
+        made[at] = builder.add_slot(slot)
+        if not inside_nnx:
+            region.bind(path, made[at])
+
+    for collection, tree in variables.items():
+        walk(collection, (), tree)
+    region.add_nnx(lambda collection, path: made.get((collection, path)))
+
+
+def _slot(collection: str, path: Path, value: Any, encode: Encoder) -> Slot:
+    boxes = [
+        leaf
+        for leaf in jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, StackBox))
+        if isinstance(leaf, StackBox)
+    ]
+    plain = jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, StackBox) else leaf,
+        value,
+        is_leaf=lambda leaf: isinstance(leaf, StackBox),
+    )
+    try:
+        found = linen_variable(plain, encode)
+    except TypeError as error:
+        raise LoweringError(
+            f"{error} in a variable",
+            path=format_path((collection, *path)),
+            fix="Keep in Linen variables only arrays, numbers and pytrees of them.",
+        ) from error
+    stack = boxes[0].stack if boxes and isinstance(found.type, TensorType) else ()
+    return Slot(
+        collection=collection,
+        paths=(path,),
+        type=found.type,
+        partition=found.partition,
+        stack=_stack(stack, found.type.shape) if isinstance(found.type, TensorType) else (),
+        lifetime="ephemeral" if collection in EPHEMERAL else "persistent",
+        box=found.box,
+    )
+
+
+def _stack(
+    stack: tuple[tuple[int, str | None, LinenPath], ...], shape: tuple[int, ...]
+) -> tuple[StackAxis, ...]:
+    """The observed axes, outermost first, with their lengths read off the final shape."""
+    rest, out = list(shape), []
+    for axis, name, owner in stack:
+        position = axis % len(rest) if rest else 0
+        out.append(StackAxis(axis=position, length=rest.pop(position), name=name, owner=owner))
+    return tuple(out)

@@ -1,0 +1,248 @@
+"""Lowers a Linen module: one abstract trace of its init, watched."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import core, errors, linen
+
+from linsey import _trees
+from linsey.frontends._builder import Builder, Draft
+from linsey.frontends._encode import FlaxEncoder, linen_variable, unboxed
+from linsey.frontends._record import Lowered, Request
+from linsey.frontends.linen.build import Region, add_variables
+from linsey.frontends.linen.observe import Observer, observing
+from linsey.ir import (
+    Graph,
+    LoweringError,
+    Path,
+    Slot,
+    Source,
+    Values,
+    ValuesError,
+    format_path,
+    slot_index,
+)
+
+_MISSING = object()
+_ENCODE = FlaxEncoder()
+
+
+def lower(request: Request) -> Lowered:
+    """Lowers a Linen module.
+
+    Raises:
+        LoweringError: the module or the sample inputs are not fit for it, with the path.
+        ValuesError: the given variables are not those of the module.
+    """
+    module = _checked(request.source, request)
+    keys = _trees.key_dict(0 if request.rngs is None else request.rngs)
+    arguments = _trees.Arguments.split(request.args, request.kwargs)
+    observer = Observer()
+
+    def init(keys: dict[str, Any], dynamic: tuple[Any, ...]) -> Any:
+        args, kwargs = arguments.merge(dynamic)
+        return module.init_with_output(keys, *args, method=request.method, **kwargs)
+
+    try:
+        with observing(observer):
+            _, variables = jax.eval_shape(init, keys, arguments.dynamic)
+    except Exception as error:
+        raise _explained(error, observer, keys) from error
+    graph = _graph(module, observer, variables, given=request.variables)
+    values = None if request.variables is None else read(graph, request.variables)
+    concrete = _initialiser(module, request, arguments, graph, watched=bool(observer.nested))
+    return Lowered(graph=graph, values=values, init=concrete)
+
+
+def _checked(module: Any, request: Request) -> linen.Module:
+    if isinstance(module, type):
+        raise LoweringError(
+            f"found the class {module.__name__}, expected an instance of it",
+            path=module.__name__,
+            fix=f"Pass {module.__name__}(...) with its hyper-parameters.",
+        )
+    if module.scope is not None:
+        raise LoweringError(
+            "found a bound module, expected an unbound one",
+            path=type(module).__name__,
+            fix="Pass the module as it was constructed, or the first result of `module.unbind()`.",
+        )
+    method = request.method or "__call__"
+    function = getattr(type(module), method, None) if isinstance(method, str) else method
+    if not callable(function):
+        raise LoweringError(
+            f"{type(module).__name__} has no method {method!r}",
+            path=type(module).__name__,
+            fix="Pass method= with the name of a method, or a function of the module.",
+        )
+    try:
+        bound = inspect.ismethod(function)
+        inspect.signature(function).bind(
+            *(() if bound else (module,)), *request.args, **request.kwargs
+        )
+    except TypeError as error:
+        name = getattr(function, "__name__", str(method))
+        raise LoweringError(
+            f"the sample inputs do not fit {name}{inspect.signature(function)}: {error}",
+            path=type(module).__name__,
+            fix="Pass sample inputs (arrays or jax.ShapeDtypeStruct) as you pass them to init.",
+        ) from error
+    return module  # type: ignore[no-any-return]
+
+
+def _explained(error: Exception, observer: Observer, keys: Mapping[str, Any]) -> Exception:
+    where = "/".join(observer.failed_at or ())
+    if isinstance(error, LoweringError):
+        return error
+    if isinstance(error, errors.InvalidRngError):
+        given = ", ".join(sorted(keys)) or "none"
+        return LoweringError(
+            f"a PRNG stream is missing; given: {given}. {error}",
+            path=where,
+            fix="Pass rngs= with a key for every stream that the module draws from.",
+        )
+    return LoweringError(
+        f"initialising the module raised {type(error).__name__}: {error}",
+        path=where,
+        fix="The same call of `module.init` raises it too; mend the module or the sample inputs.",
+    )
+
+
+def _graph(module: linen.Module, observer: Observer, variables: Any, given: Any) -> Graph:
+    builder = Builder()
+    root = builder.add(Draft())
+    region = Region(builder, root, (), observer)
+    whole = region.encode.module(module)
+    draft = builder.nodes[root]
+    draft.attrs.extend(whole.fields)
+    draft.source = Source(dialect="linen", cls=whole.cls)
+    region.add_modules()
+    add_variables(region, builder, core.unfreeze(variables))
+    if given is not None:
+        _take_boxes(builder, given, region.encode)
+    return builder.finish()
+
+
+def _take_boxes(builder: Builder, given: Any, encode: Any) -> None:
+    """Gives the slots the boxes of the variables that the user has: those may be unboxed."""
+    for number, slot in enumerate(builder.slots):
+        value = _get(given, (slot.collection, *slot.path))
+        if value is not _MISSING and slot.box is not None and value is unboxed(value):
+            builder.slots[number] = dataclasses.replace(slot, box=None)
+
+
+def _get(tree: Any, path: Path) -> Any:
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return _MISSING
+        tree = tree[name]
+    return tree
+
+
+def read(graph: Graph, variables: Any) -> Values:
+    """Reads the values of a graph from Linen variables.
+
+    Raises:
+        ValuesError: with every slot that is missing, extra, or of another shape or dtype.
+    """
+    if not isinstance(variables, Mapping):
+        raise ValuesError(
+            f"found {type(variables).__name__}, expected a dict of collections",
+            path="variables",
+            fix="Pass what `module.init` returned.",
+        )
+    problems, arrays = [], []
+    for slot in graph.slots:
+        value = _get(variables, (slot.collection, *slot.path))
+        if value is _MISSING:
+            if is_derived(slot):
+                arrays.append(placeholder(slot))
+            else:
+                problems.append(f"{slot.key}: missing, expected {slot.type}")
+            continue
+        try:
+            found = linen_variable(value, _ENCODE).type
+        except TypeError as error:
+            problems.append(f"{slot.key}: {error}")
+            continue
+        if str(found) != str(slot.type):
+            problems.append(f"{slot.key}: found {found}, expected {slot.type}")
+        arrays.append(unboxed(value))
+    problems.extend(_extra(graph, variables))
+    if problems:
+        raise ValuesError(
+            f"the variables are not those of the module, {len(problems)} differ:\n  "
+            + "\n  ".join(problems),
+            path="variables",
+            fix="Initialise by the same method and inputs as those given to lower.",
+        )
+    return Values(slot_index(graph), tuple(arrays))
+
+
+def _extra(graph: Graph, variables: Mapping[str, Any]) -> list[str]:
+    known = {(slot.collection, *path) for slot in graph.slots for path in slot.paths}
+    found: list[str] = []
+
+    def walk(path: Path, tree: Any) -> None:
+        if path in known:
+            return
+        if isinstance(tree, Mapping):
+            for name, below in tree.items():
+                walk((*path, name), below)
+        else:
+            found.append(f"{format_path(path)}: not a variable of this module")
+
+    for collection, tree in variables.items():
+        walk((collection,), tree)
+    return found
+
+
+def is_derived(slot: Slot) -> bool:
+    """Whether a slot is PRNG state of an NNX module inside a ToLinen.
+
+    flax makes such state anew from ``rngs`` at every call and keeps it in no variable.
+    """
+    return slot.lifetime == "ephemeral" and slot.collection in ("RngKey", "RngCount")
+
+
+def placeholder(slot: Slot) -> Any:
+    """A value for derived PRNG state; every call through Linen replaces it."""
+    shape = slot.type.shape  # type: ignore[union-attr]
+    if slot.collection == "RngCount":
+        return jnp.zeros(shape, jnp.uint32)
+    return jnp.broadcast_to(jax.random.key(0), shape)
+
+
+def _initialiser(
+    module: linen.Module,
+    request: Request,
+    arguments: _trees.Arguments,
+    graph: Graph,
+    *,
+    watched: bool,
+) -> Callable[[Any], Values]:
+    def concrete(leaf: Any) -> Any:
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
+
+    def init(rngs: Any) -> Values:
+        args, kwargs = arguments.merge(tuple(map(concrete, arguments.dynamic)))
+        keys = _trees.key_dict(0 if rngs is None else rngs)
+        observer = Observer()
+        try:
+            if watched:
+                with observing(observer):
+                    variables = module.init(keys, *args, method=request.method, **kwargs)
+            else:
+                variables = module.init(keys, *args, method=request.method, **kwargs)
+        except errors.InvalidRngError as error:
+            raise _explained(error, observer, keys) from error
+        return read(graph, core.unfreeze(variables))
+
+    return init

@@ -1,0 +1,205 @@
+"""Watches Linen code run, and keeps what it saw: modules, calls, variables, keys, stacked axes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from flax import core, linen, nnx, struct
+from flax.core import meta
+from flax.nnx import bridge
+
+from linsey.frontends import _private
+from linsey.frontends._encode import collection_of
+
+LinenPath = tuple[str, ...]
+
+
+@dataclass
+class Call:
+    """One observed call of one module."""
+
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+
+
+@dataclass
+class Module:
+    """What was seen of the module at one scope path."""
+
+    instance: linen.Module
+    calls: dict[str, Call] = field(default_factory=dict)
+    draws: dict[str, bool] = field(default_factory=dict)
+    """Stream -> whether something other than a parameter's initialiser drew from it."""
+    nnx: Any = None
+    """The NNX module that a `bridge.ToLinen` at this path made."""
+
+
+class StackBox(struct.PyTreeNode, meta.AxisMetadata[Any]):  # type: ignore[misc]
+    """A metadata box that flax itself tells of every axis that a lifted transform adds."""
+
+    value: Any
+    stack: tuple[tuple[int, str | None, LinenPath], ...] = struct.field(pytree_node=False)
+    """Axis, partition name and owner path of each lifted axis, outermost first."""
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> StackBox:
+        return self.replace(value=val)  # type: ignore[no-any-return, attr-defined]
+
+    def _inner(self, change: Callable[[Any], Any]) -> Any:
+        return change(self.value) if isinstance(self.value, meta.AxisMetadata) else self.value
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> StackBox:
+        return self.replace(  # type: ignore[no-any-return, attr-defined]
+            value=self._inner(lambda box: box.add_axis(index, params)),
+            stack=((index, params.get(meta.PARTITION_NAME), params[StackBox]), *self.stack),
+        )
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> StackBox:
+        return self.replace(  # type: ignore[no-any-return, attr-defined]
+            value=self._inner(lambda box: box.remove_axis(index, params)), stack=self.stack[1:]
+        )
+
+
+class Observer(_private.Watcher):
+    """Observes one run of Linen code; use `observing` around the run."""
+
+    def __init__(self) -> None:
+        self.modules: dict[LinenPath, Module] = {}
+        self.variables: dict[tuple[str, LinenPath, str], None] = {}
+        self.nested: list[tuple[Any, Observer]] = []
+        """The ``bridge.ToNNX`` objects that were called, each with what ran inside it."""
+        self._active: list[LinenPath] = []
+        self._inside: list[Observer] = []
+        self.failed_at: LinenPath | None = None
+
+    def put(self, collection: str, path: LinenPath, name: str) -> None:
+        if self._inside:
+            self._inside[-1].put(collection, path, name)
+        else:
+            self.variables.setdefault((collection, path, name))
+
+    def draw(self, path: LinenPath, stream: str, *, initialising: bool) -> None:
+        if self._inside:
+            self._inside[-1].draw(path, stream, initialising=initialising)
+        elif path in self.modules:
+            draws = self.modules[path].draws
+            draws[stream] = draws.get(stream, False) or not initialising
+
+    def add_axis(self, tree: Any, params: dict[Any, Any]) -> tuple[Any, dict[Any, Any]]:
+        if self._inside:
+            return self._inside[-1].add_axis(tree, params)
+        boxed = jax.tree.map(
+            lambda leaf: leaf if isinstance(leaf, StackBox) else StackBox(value=leaf, stack=()),
+            tree,
+            is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata),
+        )
+        return boxed, {**params, StackBox: self._active[-1] if self._active else ()}
+
+    def call_to_nnx(self, wrapper: Any, run: Callable[[], Any]) -> Any:
+        inner = Observer()
+        owner = self._inside[-1] if self._inside else self
+        owner.nested.append((wrapper, inner))
+        self._inside.append(inner)
+        try:
+            return run()
+        finally:
+            self._inside.pop()
+
+    def intercept(
+        self, run: Any, args: Any, kwargs: Any, context: linen.module.InterceptorContext
+    ) -> Any:
+        """The method interceptor: notes the call, and runs it."""
+        if self._inside:
+            return self._inside[-1].intercept(run, args, kwargs, context)
+        module = context.module
+        if module.scope is None:
+            return run(*args, **kwargs)
+        path: LinenPath = module.scope.path
+        seen = self.modules.get(path)
+        if seen is None:
+            seen = self.modules[path] = Module(module)
+        if isinstance(module, bridge.ToLinen) and _is_to_linen_call(context):
+            run = functools.partial(self._call_to_linen, seen, module, run)
+        self._active.append(path)
+        try:
+            if context.method_name == "setup" or context.method_name in seen.calls:
+                return run(*args, **kwargs)
+            call = seen.calls[context.method_name] = Call(context.method_name, args, kwargs)
+            if _private.is_jitted(context.orig_method):
+                call.output = _private.retraced(functools.partial(run, *args, **kwargs))
+            else:
+                call.output = run(*args, **kwargs)
+            return call.output
+        except BaseException:
+            if self.failed_at is None:
+                self.failed_at = path
+            raise
+        finally:
+            self._active.pop()
+
+    def _call_to_linen(
+        self, seen: Module, module: bridge.ToLinen, run: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Runs a `bridge.ToLinen`, and keeps the NNX module that it makes.
+
+        flax leaves a `bridge.ToNNX` inside that module without variables; here they are made, and
+        stored where flax would look for them.
+        """
+        make = module.nnx_class
+
+        def keeping(*make_args: Any, **make_kwargs: Any) -> Any:
+            seen.nnx = make(*make_args, **make_kwargs)
+            if module.is_initializing() and holds_to_nnx(seen.nnx):
+                _private.set_initializing(seen.nnx, True)
+            return seen.nnx
+
+        object.__setattr__(module, "nnx_class", keeping)
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            object.__setattr__(module, "nnx_class", make)
+        if module.is_initializing() and holds_to_nnx(seen.nnx):
+            _private.set_initializing(seen.nnx, False)
+            _store_nested(module, seen.nnx)
+        return output
+
+
+def holds_to_nnx(module: nnx.Module) -> bool:
+    """Whether there is a `bridge.ToNNX` anywhere in an NNX module."""
+    return any(isinstance(child, bridge.ToNNX) for _, child in nnx.iter_graph(module))
+
+
+def _store_nested(module: bridge.ToLinen, made: nnx.Module) -> None:
+    """Puts the variables that are new in `made` into the scope of the ToLinen around it."""
+    for path, leaf in nnx.to_flat_state(nnx.state(made, nnx.Not(nnx.RngState))):
+        if not isinstance(leaf, nnx.Variable):
+            continue
+        collection = collection_of(type(leaf))
+        top = module.get_variable(collection, path[0], {})
+        flat = nnx.traversals.flatten_mapping({path[0]: core.unfreeze(top)})
+        if path not in flat and module.is_mutable_collection(collection):
+            box = leaf.get_value() if module.metadata_fn is None else module.metadata_fn(leaf)
+            nested = nnx.traversals.unflatten_mapping({**flat, path: box})
+            module.put_variable(collection, path[0], nested[path[0]])
+
+
+def _is_to_linen_call(context: linen.module.InterceptorContext) -> bool:
+    """Whether this is flax's own ``ToLinen.__call__``, and not a subclass's around it."""
+    method = getattr(context.orig_method, "func", None)
+    return method is getattr(bridge.ToLinen.__call__, "__wrapped__", None)
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[Observer]:
+    """Observes the Linen code that this thread runs inside the block."""
+    with _private.watching(observer), linen.intercept_methods(observer.intercept):
+        yield observer

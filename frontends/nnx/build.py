@@ -1,0 +1,262 @@
+"""Walks an NNX module and turns it into nodes and slots."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.nnx import bridge
+
+from linsey import _trees
+from linsey.frontends import _private
+from linsey.frontends._builder import Builder, Draft
+from linsey.frontends._encode import FlaxEncoder, collection_of, nnx_variable
+from linsey.ir import (
+    Const,
+    LoweringError,
+    Path,
+    Sequence,
+    Slot,
+    Source,
+    Wrapper,
+    encode,
+    format_path,
+)
+
+STATE = "_pytree__state"
+"""Attribute under which NNX keeps whether an object is initialising; stored as two bools."""
+TREE = "_pytree__def"
+"""Attribute under which a plain pytree's definition is stored."""
+KEYS = "_pytree__keys"
+"""Attribute under which the order of a plain pytree's children is stored."""
+_MAX_ALIASES = 8
+
+SlotOf = Callable[[nnx.Variable[Any], Path], int | None]
+
+
+class Walker:
+    """Adds the nodes and slots of one NNX module to a graph in the making.
+
+    Args:
+        builder: the graph.
+        slot_of: gives the slot of a variable that has one already, by the variable and its path
+            below the module; None makes one.
+        nested: what was observed of the ToNNX wrappers inside, by their id.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        slot_of: SlotOf | None = None,
+        nested: dict[int, tuple[Any, Any]] | None = None,
+    ) -> None:
+        self._builder = builder
+        self._slot_of = slot_of
+        self._nested = nested or {}
+        self._nodes: dict[int, tuple[Any, int, Path]] = {}
+        self._slots: dict[int, tuple[Any, int]] = {}
+        self._start: Path = ()
+        self.values: dict[int, Any] = {}
+        """The value of each slot that was met."""
+        self.encode = FlaxEncoder()
+
+    def add(self, module: Any, path: Path, at: int | None = None) -> int:
+        """Adds a module and all that it holds, and gives its node.
+
+        Args:
+            module: the module, or another graph node or pytree of NNX.
+            path: its path in the graph.
+            at: the node that it becomes; None adds one.
+
+        Raises:
+            LoweringError: something in it cannot be lowered, with its path.
+        """
+        self._start = path
+        return self._node(module, path, at)
+
+    def _node(self, obj: Any, path: Path, at: int | None = None) -> int:
+        known = self._nodes.get(id(obj))
+        if known is not None:
+            self._alias(known[1], known[2], path)
+            return known[1]
+        number = self._builder.add(Draft()) if at is None else at
+        impl = _private.get_node_impl(obj)
+        if isinstance(impl, _private.GraphNodeImpl):
+            self._nodes[id(obj)] = (obj, number, path)
+        if isinstance(obj, bridge.ToNNX):
+            self._linen(obj, path, number)
+        elif hasattr(type(obj), "linsey_lower"):
+            obj.linsey_lower(self, path, number)
+        else:
+            self._fill(obj, impl, path, number)
+        return number
+
+    def _fill(self, obj: Any, impl: Any, path: Path, number: int) -> None:
+        draft = self._builder.nodes[number]
+        is_object = isinstance(impl, _private.GraphNodeImpl)
+        draft.op = "module" if is_object else "container"
+        draft.source = Source(dialect="nnx", cls=self.encode(type(obj)))
+        items, metadata = impl.flatten(obj)
+        if isinstance(metadata, _private.IndexesPytreeDef):
+            order = sorted(metadata.key_index, key=lambda key: metadata.key_index[key])
+            draft.attrs.append((TREE, _trees.template(metadata.treedef)))
+            keys = Sequence(kind="tuple", items=tuple(Const(key) for key in order))
+            draft.attrs.append((KEYS, keys))
+        for key, value in items:
+            self._item(draft, key, value, (*path, key))
+        if isinstance(obj, nnx.RngStream):
+            held = dict(draft.slots)
+            if {"key", "count"} <= held.keys():
+                self._builder.counted_stream(draft, str(obj.tag), held["key"], held["count"])
+
+    def _item(self, draft: Draft, key: Any, value: Any, path: Path) -> None:
+        if not isinstance(key, str | int) or isinstance(key, bool):
+            raise LoweringError(
+                f"found the key {key!r} of type {type(key).__name__}, expected a str or an int",
+                path=format_path(path[:-1]),
+                fix="Rename it in the source: a variable's path is made of names and indices.",
+            )
+        is_data: bool | None = None
+        if isinstance(value, _private.DataElem | _private.StaticElem):
+            is_data = isinstance(value, _private.DataElem)
+            value = value.value
+        if key == STATE:
+            draft.attrs.append((key, encode((value.initializing, value.is_setup))))
+        elif is_data is False:
+            draft.attrs.append((key, self.encode(value)))
+        elif isinstance(value, nnx.Variable):
+            draft.slots.append((key, self._variable(value, path)))
+        elif _private.get_node_impl(value) is not None:
+            draft.children[key] = self._node(value, path)
+        elif isinstance(value, jax.Array | np.ndarray) or is_data:
+            draft.slots.append((key, self._raw(value, path)))
+        else:
+            draft.attrs.append((key, self.encode(value)))
+
+    def _variable(self, variable: nnx.Variable[Any], path: Path) -> int:
+        known = self._slots.get(id(variable))
+        if known is not None:
+            self._add_path(known[1], path)
+            return known[1]
+        value = variable.get_raw_value()
+        if getattr(variable, "ref", False):
+            raise LoweringError(
+                "found a Variable that holds a mutable reference",
+                path=format_path(path),
+                fix="Construct the model without nnx.var_defaults(ref=True).",
+            )
+        number = self._slot_of(variable, path[len(self._start) :]) if self._slot_of else None
+        try:
+            slot = nnx_variable(variable, (path,), self.encode)
+        except TypeError as error:
+            raise LoweringError(
+                f"{error} in a {type(variable).__name__}",
+                path=format_path(path),
+                fix="Keep in Variables only arrays, numbers and pytrees of them.",
+            ) from error
+        if number is None:
+            if self._slot_of is not None:  # inside a ToLinen: flax derives it at every call
+                slot = dataclasses.replace(slot, lifetime="ephemeral")
+            number = self._builder.add_slot(slot)
+        else:
+            stored = self._builder.slots[number]
+            self._builder.slots[number] = dataclasses.replace(
+                stored, kind=slot.kind, metadata=slot.metadata
+            )
+        self._slots[id(variable)] = (variable, number)
+        self.values[number] = value
+        return number
+
+    def _raw(self, value: Any, path: Path) -> int:
+        # A bare array has no identity in NNX: each place is a leaf of its own.
+        try:
+            kind = _trees.tensor_type(value)
+        except TypeError as error:
+            raise LoweringError(
+                f"{error} as data",
+                path=format_path(path),
+                fix="Mark it nnx.static(...), or give an array.",
+            ) from error
+        number = self._builder.add_slot(
+            Slot(collection="arrays", paths=(path,), type=kind, raw=True)
+        )
+        self.values[number] = value
+        return number
+
+    def _linen(self, wrapper: bridge.ToNNX, path: Path, number: int) -> None:
+        """Adds what a ToNNX wraps, in its place."""
+        import linsey.frontends.linen.build as linen_build
+        from linsey.frontends.linen.observe import Observer
+
+        items, _ = _private.get_node_impl(wrapper).flatten(wrapper)
+        own = Draft()
+        variables: list[tuple[Path, nnx.Variable[Any]]] = []
+        for key, element in items:
+            value = element.value if hasattr(element, "value") else element
+            if not str(key).startswith(("to_nnx__", "_pytree__")) and _holds_variables(value):
+                variables.extend(_flat_variables(value, (key,)))
+            elif key != "to_nnx__module":
+                self._item(own, key, element, (*path, key))
+        draft = self._builder.nodes[number]
+        module = self.encode.module(wrapper.to_nnx__module)
+        draft.op = "module"
+        draft.source = Source(dialect="linen", cls=module.cls)
+        draft.attrs.extend(module.fields)
+        draft.wrapper = Wrapper(
+            cls=self.encode(type(wrapper)),
+            attrs=tuple(own.attrs),
+            children=tuple(own.children.items()),
+            slots=tuple(own.slots),
+        )
+        observer: Observer = self._nested.get(id(wrapper), (None, Observer()))[1]
+        region = linen_build.Region(self._builder, number, path, observer)
+        region.add_modules()
+        inner = region.nnx_variables()
+        slots: dict[tuple[str, Path], int] = {}
+        for below, variable in variables:
+            slot = self._variable(variable, (*path, *below))
+            slots[collection_of(type(variable)), below] = slot
+            if (collection_of(type(variable)), below) not in inner:
+                region.bind(below, slot)
+        region.add_nnx(lambda collection, below: slots.get((collection, below)))
+
+    def _alias(self, number: int, first: Path, path: Path) -> None:
+        """Notes that a node, and so every slot below it, is also found at another path."""
+        seen: set[int] = set()
+        todo = [number]
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            draft = self._builder.nodes[node]
+            for _, slot in draft.slots:
+                canonical = self._builder.slots[slot].path
+                if canonical[: len(first)] == first:
+                    self._add_path(slot, (*path, *canonical[len(first) :]))
+            todo.extend(draft.children.values())
+
+    def _add_path(self, number: int, path: Path) -> None:
+        slot = self._builder.slots[number]
+        if path not in slot.paths and len(slot.paths) < _MAX_ALIASES:
+            paths = (*slot.paths, path)
+            self._builder.slots[number] = dataclasses.replace(slot, paths=paths)
+
+
+def _holds_variables(value: Any) -> bool:
+    if isinstance(value, nnx.Variable):
+        return True
+    return isinstance(value, dict) and all(map(_holds_variables, value.values()))
+
+
+def _flat_variables(value: Any, path: Path) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
+    if isinstance(value, nnx.Variable):
+        yield path, value
+        return
+    for key in sorted(value):
+        yield from _flat_variables(value[key], (*path, key))
+

@@ -1,0 +1,278 @@
+"""Lowers an NNX module: a walk over it, and an abstract call where sample inputs are given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.nnx import bridge
+
+from linsey import _trees
+from linsey.frontends import _private
+from linsey.frontends._builder import Builder
+from linsey.frontends._record import Lowered, Request
+from linsey.frontends.linen.build import signature
+from linsey.frontends.linen.observe import Call, Observer, observing
+from linsey.frontends.nnx.build import Walker
+from linsey.ir import Graph, LoweringError, Values, slot_index
+
+
+def lower(request: Request) -> Lowered:
+    """Lowers a live or abstract NNX module, or a class whose constructor takes no more than rngs.
+
+    Raises:
+        LoweringError: the module or the sample inputs are not fit for it, with the path.
+    """
+    if request.variables is not None:
+        raise LoweringError(
+            "found variables=, but an NNX module holds its own",
+            path="variables",
+            fix="Put the values into the model with nnx.update, and lower that.",
+        )
+    if isinstance(request.source, type):
+        return lower_factory(request)
+    if request.rngs is not None:
+        raise LoweringError(
+            "found rngs=, but a live NNX module holds its own",
+            path="rngs",
+            fix="Lower a factory, `lambda rngs: Model(..., rngs=rngs)`, to choose the seed.",
+        )
+    return _lower_live(request)
+
+
+def _lower_live(request: Request) -> Lowered:
+    model = request.source
+    lazy = _unready(model)
+    if lazy and not (request.args or request.kwargs):
+        raise LoweringError(
+            f"{len(lazy)} ToNNX inside have no variables yet, and there are no sample inputs",
+            path=lazy[0],
+            fix="Pass sample inputs to lower, or call bridge.lazy_init(model, ...) first.",
+        )
+    calls: dict[str, Call] = {}
+    if request.args or request.kwargs or request.method:
+        model_after, nested, calls = _trace(model, request, lazy=bool(lazy))
+        if lazy:
+            model, pairs = model_after, nested
+        else:
+            pairs = _matched(model, model_after, nested)
+    else:
+        pairs = {}
+    graph, arrays = _walk(model, pairs, calls)
+    if not lazy:
+        return Lowered(graph=graph, values=_concrete(graph, arrays))
+
+    def init(rngs: Any) -> Values:
+        if rngs is not None:
+            raise LoweringError(
+                "found rngs, but a live NNX module holds its own",
+                path="rngs",
+                fix="Call init() without them.",
+            )
+        ready = nnx.clone(request.source)
+        bridge.lazy_init(_method(ready, request.method), *request.args, **request.kwargs)
+        return _same(graph, ready)
+
+    return Lowered(graph=graph, init=init)
+
+
+def lower_factory(request: Request) -> Lowered:
+    """Lowers what a factory makes, without making it.
+
+    Args:
+        request: its source is a callable that takes nothing or ``rngs`` and gives an NNX module.
+
+    Raises:
+        LoweringError: the factory needs other arguments, or gives something else.
+    """
+    make = request.source
+    takes_rngs = _takes_rngs(make)
+    if request.rngs is not None and not takes_rngs:
+        raise LoweringError(
+            "found rngs=, but the factory takes none",
+            path="rngs",
+            fix="Let the factory take an argument called rngs.",
+        )
+    kept: list[Any] = []
+
+    def build() -> Any:
+        made = make(rngs=_rngs(request.rngs)) if takes_rngs else make()
+        if not isinstance(made, nnx.Pytree):
+            raise LoweringError(
+                f"the factory gave a {type(made).__name__}, expected an NNX module",
+                path=getattr(make, "__name__", "factory"),
+                fix="Let the factory return the module.",
+            )
+        return nnx.split(made)
+
+    def run() -> Any:
+        graphdef, state = build()
+        kept.append(graphdef)
+        return state
+
+    state = jax.eval_shape(run)
+    model = nnx.merge(kept[0], state)
+    lowered = _lower_live(
+        Request(
+            source=model, args=request.args, kwargs=request.kwargs, method=request.method
+        )
+    )
+
+    def init(rngs: Any) -> Values:
+        if rngs is not None and not takes_rngs:
+            raise LoweringError(
+                "found rngs, but the factory takes none",
+                path="rngs",
+                fix="Call init() without them.",
+            )
+        chosen = request.rngs if rngs is None else rngs
+        ready = make(rngs=_rngs(chosen)) if takes_rngs else make()
+        if _unready(ready):
+            bridge.lazy_init(_method(ready, request.method), *request.args, **request.kwargs)
+        return _same(lowered.graph, ready)
+
+    return Lowered(graph=lowered.graph, init=init)
+
+
+def _takes_rngs(make: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(make).parameters
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if set(needed) - {"rngs"}:
+        name = getattr(make, "__name__", "the factory")
+        is_class = isinstance(make, type)
+        raise LoweringError(
+            f"found the {'class' if is_class else 'function'} {name}, which needs"
+            f" {', '.join(needed)}; expected a module, or a factory that needs no more than rngs",
+            path=name,
+            fix=f"Pass an instance, or `lambda rngs: {name}(..., rngs=rngs)`.",
+        )
+    return "rngs" in parameters
+
+
+def _rngs(rngs: Any) -> nnx.Rngs:
+    if isinstance(rngs, nnx.Rngs):
+        return rngs
+    return nnx.Rngs(0 if rngs is None else rngs)
+
+
+def _unready(model: Any) -> list[str]:
+    """The paths of the ToNNX wrappers that were never initialised."""
+    found = []
+    for path, obj in nnx.iter_graph(model):
+        own = ("to_nnx__", "_pytree__")
+        if isinstance(obj, bridge.ToNNX) and all(name.startswith(own) for name in vars(obj)):
+            # A module without variables looks the same, and may be called as it is.
+            found.append("/".join(map(str, path)))
+    return found
+
+
+def _method(model: Any, method: Any) -> Callable[..., Any]:
+    if method is None:
+        return model  # type: ignore[no-any-return]
+    if isinstance(method, str):
+        return getattr(model, method)  # type: ignore[no-any-return]
+    return lambda *args, **kwargs: method(model, *args, **kwargs)
+
+
+def _trace(
+    model: Any, request: Request, *, lazy: bool
+) -> tuple[Any, dict[int, tuple[Any, Observer]], dict[str, Call]]:
+    """Calls the model abstractly, and keeps what ran inside its ToNNX wrappers."""
+    name = request.method or "__call__"
+    if isinstance(name, str) and not callable(getattr(model, name, None)):
+        raise LoweringError(
+            f"{type(model).__name__} has no method {name!r}",
+            path=type(model).__name__,
+            fix="Pass method= with the name of a method of the model.",
+        )
+    graphdef, state = nnx.split(model)
+    arguments = _trees.Arguments.split(request.args, request.kwargs)
+    observer = Observer()
+    kept: list[Any] = []
+
+    def run(state: Any, dynamic: tuple[Any, ...]) -> Any:
+        args, kwargs = arguments.merge(dynamic)
+        copy = nnx.merge(graphdef, state)
+        if lazy:
+            _private.set_initializing(copy, True)
+        output = _method(copy, request.method)(*args, **kwargs)
+        if lazy:
+            _private.set_initializing(copy, False)
+        call = Call(name if isinstance(name, str) else name.__name__, args, kwargs, output)
+        kept.extend((copy, call))
+        return ()
+
+    try:
+        with observing(observer):
+            jax.eval_shape(run, state, arguments.dynamic)
+    except LoweringError:
+        raise
+    except Exception as error:
+        raise LoweringError(
+            f"calling the model raised {type(error).__name__}: {error}",
+            path=type(model).__name__,
+            fix="The same call of the model raises it too; mend the model or the sample inputs.",
+        ) from error
+    nested = {id(wrapper): (wrapper, seen) for wrapper, seen in reversed(observer.nested)}
+    return kept[0], nested, {kept[1].method: kept[1]}
+
+
+def _matched(
+    model: Any, copy: Any, nested: dict[int, tuple[Any, Observer]]
+) -> dict[int, tuple[Any, Observer]]:
+    """What was observed in the wrappers of a copy, by the wrappers of the original."""
+    if not nested:
+        return {}
+    there = {path: obj for path, obj in nnx.iter_graph(copy) if isinstance(obj, bridge.ToNNX)}
+    here = {path: obj for path, obj in nnx.iter_graph(model) if isinstance(obj, bridge.ToNNX)}
+    return {
+        id(obj): (obj, nested[id(there[path])][1])
+        for path, obj in here.items()
+        if path in there and id(there[path]) in nested
+    }
+
+
+def _walk(
+    model: Any, nested: dict[int, tuple[Any, Observer]], calls: dict[str, Call]
+) -> tuple[Graph, list[Any]]:
+    builder = Builder()
+    walker = Walker(builder, nested=nested)
+    root = walker.add(model, ())
+    builder.nodes[root].signatures.extend(
+        signature(call, walker.encode) for call in calls.values()
+    )
+    graph = builder.finish()
+    return graph, [walker.values.get(number) for number in range(len(graph.slots))]
+
+
+def _concrete(graph: Graph, arrays: list[Any]) -> Values | None:
+    """The values, or None when the model is abstract."""
+    leaves = jax.tree.leaves(arrays, is_leaf=lambda leaf: leaf is None)
+    if any(leaf is None or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return None
+    return Values(slot_index(graph), tuple(arrays))
+
+
+def _same(graph: Graph, model: Any) -> Values:
+    """The values of a model that must have the structure of a graph."""
+    other, arrays = _walk(model, {}, {})
+    found = dict(zip((slot.key for slot in other.slots), arrays, strict=True))
+    missing = [slot.key for slot in graph.slots if slot.key not in found]
+    if missing:
+        raise LoweringError(
+            f"the factory made another structure than when it was lowered; {len(missing)} slots are"
+            f" missing, {missing[0]} first",
+            path=missing[0],
+            fix="Pass rngs with the same streams as to lower.",
+        )
+    return Values(slot_index(graph), tuple(found[slot.key] for slot in graph.slots))
+
+

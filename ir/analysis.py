@@ -1,0 +1,190 @@
+"""Questions about a graph, answered with networkx."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import networkx as nx
+
+from linsey.ir.attributes import Attrs, AttrValue, Call, Instance, Map, NodeRef, Sequence
+from linsey.ir.errors import LinseyError
+from linsey.ir.graph import Graph, Node, Slot
+from linsey.ir.paths import Path, format_path
+
+
+def digraph(graph: Graph) -> nx.MultiDiGraph:
+    """The nodes as a networkx graph, an edge per child with its ``name``."""
+    out = nx.MultiDiGraph()
+    out.add_nodes_from(range(len(graph.nodes)))
+    for number, node in enumerate(graph.nodes):
+        out.add_edges_from((number, child, {"name": name}) for name, child in node.children)
+        if node.wrapper is not None:
+            held = node.wrapper.children
+            out.add_edges_from((number, child, {"name": name}) for name, child in held)
+    return out
+
+
+def node_paths(graph: Graph) -> dict[int, Path]:
+    """The first path of each node, breadth first: the shortest one, in the order of children."""
+    paths: dict[int, Path] = {graph.root: ()}
+    todo = deque([graph.root])
+    while todo:
+        number = todo.popleft()
+        node = graph.nodes[number]
+        held = node.wrapper.children if node.wrapper is not None else ()
+        for name, child in (*node.children, *held):
+            if child not in paths:
+                paths[child] = (*paths[number], name)
+                todo.append(child)
+    return paths
+
+
+def find_node(graph: Graph, path: Path) -> int:
+    """The node at a path.
+
+    Raises:
+        LinseyError: there is none; the message names the children that there are.
+    """
+    number = graph.root
+    for depth, name in enumerate(path):
+        children = dict(graph.nodes[number].children)
+        if name not in children:
+            raise LinseyError(
+                f"no child {name!r}; there are: {', '.join(map(repr, children)) or 'none'}",
+                path=format_path(path[: depth + 1]),
+                fix="Give the path of a node as `print(program)` shows it.",
+            )
+        number = children[name]
+    return number
+
+
+def shared_nodes(graph: Graph) -> tuple[int, ...]:
+    """The nodes that several parents use, as children or as attributes."""
+    users: dict[int, set[tuple[int, str]]] = {}
+    for number, node in enumerate(graph.nodes):
+        for name, child in node.children:
+            users.setdefault(child, set()).add((number, str(name)))
+        for name, attr in node.attrs:
+            for child in _references(attr):
+                if child not in (index for _, index in node.children):
+                    users.setdefault(child, set()).add((number, str(name)))
+    return tuple(sorted(number for number, uses in users.items() if len(uses) > 1))
+
+
+def tied_slots(graph: Graph) -> tuple[int, ...]:
+    """The slots with several paths."""
+    return tuple(number for number, slot in enumerate(graph.slots) if len(slot.paths) > 1)
+
+
+def dominators(graph: Graph) -> dict[int, int]:
+    """The immediate dominator of each node: the nearest one on every way from the root to it.
+
+    A node that is shared below its immediate dominator only can be moved or replaced with it. The
+    root is its own dominator.
+    """
+    found = dict(nx.immediate_dominators(nx.DiGraph(digraph(graph)), graph.root))
+    found[graph.root] = graph.root
+    return {
+        number: graph.root if parent is None else parent for number, parent in found.items()
+    }
+
+
+def extract(graph: Graph, path: Path) -> Graph:
+    """The subgraph below a node as a graph of its own, with paths counted from there.
+
+    Args:
+        graph: the whole.
+        path: path of the node that becomes the root.
+
+    Raises:
+        LinseyError: no node has this path.
+    """
+    start = find_node(graph, path)
+    reach = [start, *sorted(nx.descendants(digraph(graph), start))]
+    new_node = {old: new for new, old in enumerate(reach)}
+    held: dict[int, None] = {}
+    for old in reach:
+        node = graph.nodes[old]
+        for _, index in (*node.slots, *(node.wrapper.slots if node.wrapper else ())):
+            held.setdefault(index)
+    new_slot = {old: new for new, old in enumerate(sorted(held))}
+    used = {index for old in reach for _, index in graph.nodes[old].streams}
+    new_stream = {old: new for new, old in enumerate(sorted(used))}
+    root = replace(graph.nodes[start], wrapper=None)
+    nodes = [root, *(graph.nodes[old] for old in reach[1:])]
+    return Graph(
+        nodes=tuple(_renumber(node, new_node, new_slot, new_stream) for node in nodes),
+        slots=tuple(_rebase(graph.slots[old], path, new_slot) for old in sorted(held)),
+        streams=tuple(
+            replace(
+                graph.streams[old],
+                key=new_slot.get(graph.streams[old].key, None),  # type: ignore[arg-type]
+                count=new_slot.get(graph.streams[old].count, None),  # type: ignore[arg-type]
+            )
+            for old in sorted(used)
+        ),
+        empty=tuple(
+            (entry[0], *entry[1 + len(path) :])
+            for entry in graph.empty
+            if entry[1 : 1 + len(path)] == path
+        ),
+    )
+
+
+def _renumber(
+    node: Node, nodes: dict[int, int], slots: dict[int, int], streams: dict[int, int]
+) -> Node:
+    wrapper = node.wrapper and replace(
+        node.wrapper,
+        children=tuple((name, nodes[child]) for name, child in node.wrapper.children),
+        slots=tuple((name, slots[slot]) for name, slot in node.wrapper.slots),
+    )
+    return replace(
+        node,
+        attrs=_renumber_attrs(node.attrs, nodes),
+        children=tuple((name, nodes[child]) for name, child in node.children),
+        slots=tuple((name, slots[slot]) for name, slot in node.slots),
+        streams=tuple((name, streams[stream]) for name, stream in node.streams),
+        wrapper=wrapper,
+    )
+
+
+def _renumber_attrs(attrs: Attrs, nodes: dict[int, int]) -> Attrs:
+    return tuple(
+        (name, NodeRef(node=nodes[value.node]))
+        if isinstance(value, NodeRef) and value.node in nodes
+        else (name, value)
+        for name, value in attrs
+    )
+
+
+def _rebase(slot: Slot, path: Path, slots: dict[int, int]) -> Slot:
+    depth = len(path)
+    below = tuple(entry[depth:] for entry in slot.paths if entry[:depth] == path)
+    return replace(
+        slot,
+        paths=below or slot.paths,
+        stack=tuple(
+            replace(entry, owner=entry.owner[depth:] if entry.owner[:depth] == path else ())
+            for entry in slot.stack
+        ),
+        mirrors=slots.get(slot.mirrors) if slot.mirrors is not None else None,
+    )
+
+
+def _references(value: AttrValue) -> tuple[int, ...]:
+    match value:
+        case NodeRef():
+            return (value.node,)
+        case Sequence():
+            parts = value.items
+        case Map():
+            parts = tuple(item for _, item in value.items)
+        case Instance():
+            parts = tuple(item for _, item in value.fields)
+        case Call():
+            parts = (*value.args, *(item for _, item in value.kwargs))
+        case _:
+            return ()
+    return tuple(node for part in parts for node in _references(part))
