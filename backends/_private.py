@@ -19,6 +19,7 @@ PytreeState = pytreelib.PytreeState
 
 # For graph nodes of types that a user registered: how to make an empty one and fill it.
 get_node_impl_for_type = graphlib.get_node_impl_for_type
+get_node_impl = graphlib.get_node_impl
 GraphNodeImpl = graphlib.GraphNodeImpl
 
 

@@ -25,6 +25,9 @@ class Called:
 class Runner(Protocol):
     """Runs a graph's root as a pure function of its slots."""
 
+    default_mutable: Any
+    """The collections that a call may change when nothing is said; None: all."""
+
     def __call__(
         self,
         arrays: Sequence[Any],

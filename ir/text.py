@@ -44,8 +44,13 @@ def _node_lines(graph: Graph) -> Iterator[str]:
             yield f"{pad}{_INDENT}{_call(signature)}"
         held = [*node.slots, *(node.wrapper.slots if node.wrapper else ())]
         for slot_name, index in held:
-            yield f"{pad}{_INDENT}{_slot(graph.slots[index], slot_name, index, seen_slots)}"
-            seen_slots.add(index)
+            slot = graph.slots[index]
+            is_alias = index in seen_slots or (
+                len(slot.paths) > 1 and slot.path != (*path, slot_name)
+            )
+            yield f"{pad}{_INDENT}{_slot(slot, slot_name, is_alias=is_alias)}"
+            if not is_alias:
+                seen_slots.add(index)
         children = [*node.children, *(node.wrapper.children if node.wrapper else ())]
         for child_name, child in reversed(children):
             todo.append((child, child_name, (*path, child_name), depth + 1))
@@ -71,9 +76,9 @@ def _head(node: Node) -> str:
     return text
 
 
-def _slot(slot: Slot, name: Key, number: int, seen: set[int]) -> str:
+def _slot(slot: Slot, name: Key, *, is_alias: bool) -> str:
     place = format_path((slot.collection, name))
-    if number in seen:
+    if is_alias:
         return f"{place} = {slot.key}"
     parts = [f"{place}: {slot.type}"]
     if slot.raw:

@@ -131,7 +131,9 @@ class Observer(_private.Watcher):
             run = functools.partial(self._call_to_linen, seen, module, run)
         self._active.append(path)
         try:
-            if context.method_name == "setup" or context.method_name in seen.calls:
+            # flax checks `setup` by calling a lambda of its own on the module.
+            is_own = context.method_name in ("setup", "<lambda>")
+            if is_own or context.method_name in seen.calls:
                 return run(*args, **kwargs)
             call = seen.calls[context.method_name] = Call(context.method_name, args, kwargs)
             if _private.is_jitted(context.orig_method):

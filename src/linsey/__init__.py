@@ -3,6 +3,46 @@
 One neutral graph stands in the middle; from it linsey emits either API and runs it under jit.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from linsey.ir import Graph, LinseyError, Values
+    from linsey.lowering import lower, to_linen, to_nnx
+    from linsey.program import Program
+    from linsey.runtime import Executable
+
 __version__ = "0.1.0"
+
+# Loaded when first used: `import linsey.ir` runs this file and must bring neither jax nor flax.
+_HOME = {
+    "Executable": "linsey.runtime",
+    "Graph": "linsey.ir",
+    "LinseyError": "linsey.ir",
+    "Program": "linsey.program",
+    "Values": "linsey.ir",
+    "lower": "linsey.lowering",
+    "to_linen": "linsey.lowering",
+    "to_nnx": "linsey.lowering",
+}
+
+__all__ = [
+    "Executable",
+    "Graph",
+    "LinseyError",
+    "Program",
+    "Values",
+    "lower",
+    "to_linen",
+    "to_nnx",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -73,6 +73,8 @@ class MixedCase:
     """NNX: the Variable types of which the call changes (or adds) some value."""
     methods: tuple[MethodCall, ...] = ()
     """Other methods to call."""
+    eager_sharding: bool = True
+    """False: run flax under `nnx.use_eager_sharding(False)`, as there is no mesh."""
     flax_runs: bool = True
     """False: flax itself cannot run the case; a comment says what happens."""
     jittable: bool = True
@@ -460,8 +462,9 @@ class NNXTrainer(nnx.Module):
 # Linen around NNX
 
 
-LinearClass = wrappers.to_linen_class(nnx.Linear)
-LinearNoBias = wrappers.to_linen_class(nnx.Linear, use_bias=False)
+# Only a subclass of what `to_linen_class` returns can be instantiated (`__init_subclass__`).
+class LinearByArgs(wrappers.to_linen_class(nnx.Linear)):  # type: ignore[misc]
+    """A subclass of what `to_linen_class` makes, given `args`."""
 
 
 class NamedLinear(wrappers.to_linen_class(nnx.Linear, use_bias=False)):  # type: ignore[misc]
@@ -709,11 +712,9 @@ LINEN_IN_NNX: tuple[MixedCase, ...] = (
         _wrap(lambda: nn.BatchNorm(use_running_average=False)),
         _x(5, 3),
         kwargs={"mutable": ("batch_stats",)},
-        # `lazy_init` hands `mutable` on to `init_with_output`, which has it, but as a keyword of
-        # the module's: "got an unexpected keyword argument".
         changes=(nnx.BatchStat, nnx.RngCount),
     ),
-    _nnx("to-nnx-partitioned", _wrap(LinenPartitioned), _x(2, 5), **_COUNTS),
+    _nnx("to-nnx-partitioned", _wrap(LinenPartitioned), _x(2, 5), eager_sharding=False, **_COUNTS),
     _nnx("to-nnx-scan", _wrap(LinenScan), _x(2, 4), **_COUNTS),
     _nnx(
         "to-nnx-sequential",
@@ -734,7 +735,7 @@ LINEN_IN_NNX: tuple[MixedCase, ...] = (
         "to-nnx-clashing-names",
         _wrap(lambda: LinenClash(("train", "eval", "sow", "set_attributes"))),
         _x(2, 4),
-        **_COUNTS,
+        flax_runs=False,  # "expected Mapping; got method": a child meets a method of the wrapper
     ),
     _nnx(
         "to-nnx-child-named-rngs",
@@ -770,14 +771,9 @@ NNX_IN_LINEN: tuple[MixedCase, ...] = (
         _x(2, 4),
     ),
     _linen("to-linen-user", lambda: bridge.to_linen(NNXMLP, 4, 5, 3), _x(2, 4)),
-    _linen("to-linen-class", lambda: LinearClass(args=(4, 3)), _x(2, 4)),
+    _linen("to-linen-class", lambda: LinearByArgs(args=(4, 3)), _x(2, 4)),
     _linen(
         "to-linen-class-keywords",
-        lambda: LinearNoBias(in_features=4, out_features=3),
-        _x(2, 4),
-    ),
-    _linen(
-        "to-linen-class-subclass",
         lambda: NamedLinear(in_features=4, out_features=3, name="named"),
         _x(2, 4),
     ),
@@ -835,7 +831,7 @@ DEEP: tuple[MixedCase, ...] = (
         LinenNNXLinen,
         _x(5, 2),
         depth=3,
-        flax_runs=False,
+        flax_runs=False,  # ToLinen does not initialise a ToNNX below it (a TODO in flax)
     ),
     _nnx("nnx-linen-nnx-linen", NNXOfFour, _x(5, 2), depth=4, flax_runs=False),
 )

@@ -1,0 +1,78 @@
+"""Emits a graph as Linen, and runs graphs whose root is Linen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import linen
+
+from linsey.backends._decode import abstract_value, boxed, emitted_box, linen_module
+from linsey.backends._record import Called
+from linsey.backends._spec import HostSpec
+from linsey.backends.linen.host import NNXHost
+from linsey.backends.linen.region import Region
+from linsey.backends.nnx.build import Plan
+from linsey.ir import Graph, Values
+
+
+def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, Any]]:
+    """Emits a graph as ``(module, variables)``; see `linsey.Program.emit`."""
+    arrays: Sequence[Any] = (
+        list(map(abstract_value, graph.slots)) if values is None else values.arrays
+    )
+    spec = HostSpec(graph, graph.root)
+    source = spec.entry.source
+    if source is not None and source.dialect == "linen" and spec.entry.wrapper is None:
+        region = Region(spec)
+        variables = region.assemble(lambda slot: boxed(graph.slots[slot], arrays[slot]))
+        return linen_module(graph, graph.root), variables
+    return NNXHost(spec), _variables(graph, arrays)
+
+
+def _variables(graph: Graph, arrays: Sequence[Any]) -> dict[str, Any]:
+    variables: dict[str, Any] = {}
+    for slot, path in Plan(graph, graph.root).slots.items():
+        entry = graph.slots[slot]
+        holder = variables.setdefault(entry.collection, {})
+        names = (str(path[0]), *path[1:])
+        for name in names[:-1]:
+            holder = holder.setdefault(name, {})
+        holder[names[-1]] = emitted_box(entry, arrays[slot])
+    return variables
+
+
+class LinenRunner:
+    """Runs a graph whose root is a Linen module."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._region = Region(HostSpec(graph, graph.root))
+        self.default_mutable: Any = self._region.mutable
+
+    def __call__(
+        self,
+        arrays: Sequence[Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        method: Any,
+        rngs: Mapping[str, Any] | None,
+        mutable: Any,
+    ) -> Called:
+        """See `linsey.backends.Runner`."""
+        slots = self._graph.slots
+        variables = self._region.assemble(lambda slot: boxed(slots[slot], arrays[slot]))
+        output, updates = self._region.call(
+            variables, args, kwargs, method=method, rngs=rngs, mutable=mutable
+        )
+        found, rest = self._region.find(updates)
+        after = list(arrays)
+        for slot, value in found:
+            after[slot] = value
+        return Called(output=output, arrays=after, extra=rest)
+
+
+def runner(graph: Graph) -> LinenRunner:
+    """The runner of a graph whose root is a Linen module."""
+    return LinenRunner(graph)

@@ -1,0 +1,154 @@
+"""NNX code as a Linen module."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen
+from flax.core import meta
+
+from linsey.backends._decode import RNG_COLLECTIONS
+from linsey.backends._spec import HostSpec
+from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.emit import new_state, override_streams
+from linsey.ir import EmitError, Key, Path, decode, format_path
+
+
+class NNXHost(linen.Module):
+    """An NNX module whose variables are Linen's.
+
+    Made by `linsey.to_linen` and ``program.emit("linen")``. The module is built from the graph at
+    each call and its constructor never runs. All its methods can be called, as ``apply(...,
+    method="encode")``. ``apply(..., mutable=...)`` decides which changes come back; ``rngs`` given
+    to ``apply`` are used in place of the stored streams.
+    """
+
+    spec: HostSpec
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the NNX module's ``__call__``."""
+        return self._run("__call__", args, kwargs)
+
+    @linen.nowrap
+    def __getattr__(self, name: str) -> Any:
+        spec = self.__dict__.get("spec")
+        if spec is not None and not name.startswith("__"):
+            cls = _class(spec)
+            method = getattr(cls, name, None)
+            if callable(method) and not hasattr(linen.Module, name):
+                function = functools.partial(_method, self, name)
+                function.__self__ = self  # type: ignore[attr-defined]
+                return function
+        return super().__getattr__(name)
+
+    @linen.nowrap
+    def _run(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.is_initializing():
+            raise EmitError(
+                "init was called on a module whose variables came with it",
+                path=_class(self.spec).__name__,
+                fix="Use the variables that linsey.to_linen or program.emit('linen') returned.",
+            )
+        plan = _plan(self.spec)
+        given = self._given_streams()
+        values = self._values(plan, optional=bool(given))
+        keys = {name: self.make_rng(name) for name in given}
+        called = override_streams(self.spec.graph, values, keys) if keys else values
+        module = plan.build(called)
+        output = getattr(module, name)(*args, **kwargs)
+        assert self.scope is not None
+        if self.scope.mutable is not False:
+            after = plan.read(module, called)
+            if keys:  # the stored streams stay as they are when a call brings its own
+                for slot, entry in enumerate(self.spec.graph.slots):
+                    if entry.collection in RNG_COLLECTIONS:
+                        after[slot] = values[slot]
+            self._store(plan, values, after)
+            self._store_new(new_state(module, _known(self.spec)))
+        return output
+
+    @linen.nowrap
+    def _given_streams(self) -> list[str]:
+        assert self.scope is not None
+        known = {s.name for s in self.spec.graph.streams if s.derivation == "count"}
+        return [name for name in self.scope.rngs if name in known or (known and name != "params")]
+
+    @linen.nowrap
+    def _values(self, plan: Plan, *, optional: bool) -> list[Any]:
+        slots = self.spec.graph.slots
+        values: list[Any] = [None] * len(slots)
+        for slot, path in plan.slots.items():
+            collection = slots[slot].collection
+            value: Any = self.get_variable(collection, str(path[0]))
+            for name in path[1:]:
+                value = value.get(name) if isinstance(value, Mapping) else None
+            if value is None:
+                if optional and collection in RNG_COLLECTIONS:
+                    values[slot] = _empty_stream(slots[slot].collection, slots[slot].type)
+                    continue
+                raise EmitError(
+                    "the variable is missing",
+                    path=format_path((collection, *path)),
+                    fix="Pass the variables that linsey.to_linen or program.emit returned.",
+                )
+            while isinstance(value, meta.AxisMetadata):
+                value = value.unbox()
+            values[slot] = value
+        return values
+
+    @linen.nowrap
+    def _store(self, plan: Plan, before: list[Any], after: list[Any]) -> None:
+        slots = self.spec.graph.slots
+        changed: dict[tuple[str, Key], list[tuple[Path, Any]]] = {}
+        for slot, path in plan.slots.items():
+            collection = slots[slot].collection
+            if after[slot] is not before[slot] and self.is_mutable_collection(collection):
+                changed.setdefault((collection, path[0]), []).append((path, after[slot]))
+        for (collection, top), updates in changed.items():
+            old = self.get_variable(collection, str(top))
+            for path, value in updates:
+                old = _with(old, path[1:], value)
+            self.put_variable(collection, str(top), old)
+
+    @linen.nowrap
+    def _store_new(self, extra: Mapping[str, Any]) -> None:
+        for collection, tree in extra.items():
+            if self.is_mutable_collection(collection):
+                for name, value in tree.items():
+                    self.put_variable(collection, str(name), value)
+
+
+def _method(host: NNXHost, name: str, *args: Any, **kwargs: Any) -> Any:
+    return host._run(name, args, kwargs)
+
+
+def _class(spec: HostSpec) -> Any:
+    source = spec.entry.source
+    assert source is not None
+    return spec.cached("class", lambda _: decode(source.cls))
+
+
+def _plan(spec: HostSpec) -> Plan:
+    return spec.cached("plan", lambda spec: Plan(spec.graph, spec.node))  # type: ignore[no-any-return]
+
+
+def _known(spec: HostSpec) -> set[Path]:
+    return spec.cached(  # type: ignore[no-any-return]
+        "known", lambda spec: {path for slot in spec.graph.slots for path in slot.paths}
+    )
+
+
+def _with(tree: Any, path: Path, value: Any) -> Any:
+    """A nested dict with one value replaced inside its box."""
+    if path:
+        return {**tree, path[0]: _with(tree[path[0]], path[1:], value)}
+    return tree.replace_boxed(value) if isinstance(tree, meta.AxisMetadata) else value
+
+
+def _empty_stream(collection: str, kind: Any) -> Any:
+    if collection == "RngCount":
+        return jax.numpy.zeros(kind.shape, jax.numpy.uint32)
+    return jax.numpy.broadcast_to(jax.random.key(0), kind.shape)

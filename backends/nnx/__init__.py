@@ -1,0 +1,30 @@
+"""The NNX backend: a graph becomes an NNX module, as graphdef and state."""
+
+from typing import Any
+
+from linsey.backends._record import Backend, Runner
+from linsey.ir import Graph, Values
+
+
+def build(graph: Graph, values: Values | None) -> Any:
+    """The NNX module of a graph; abstract when there are no values."""
+    from linsey.backends.nnx import emit
+
+    return emit.build(graph, values)
+
+
+def _emit(graph: Graph, values: Values | None) -> Any:
+    from linsey.backends.nnx import emit
+
+    return emit.emit(graph, values)
+
+
+def _runner(graph: Graph) -> Runner:
+    from linsey.backends.nnx import emit
+
+    return emit.runner(graph)
+
+
+backend = Backend(name="nnx", emit=_emit, runner=_runner)
+
+__all__ = ["backend", "build"]

@@ -1,0 +1,347 @@
+"""Builds NNX objects from a graph and reads their state back.
+
+A `Plan` is made once per node; `Plan.build` then makes fresh objects inside whatever trace it is
+called in, with no constructor and no flattening.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from linsey import _trees
+from linsey.backends import _private
+from linsey.backends._decode import kind_of, linen_module, metadata_of
+from linsey.ir import (
+    EmitError,
+    Graph,
+    Key,
+    Node,
+    Path,
+    Sequence as SequenceAttr,
+    Template,
+    decode,
+    format_path,
+)
+
+STATE = "_pytree__state"
+TREE = "_pytree__def"
+KEYS = "_pytree__keys"
+
+_CHILD, _VARIABLE, _RAW, _STATIC = range(4)
+
+
+class _Entry:
+    """What one node is built from."""
+
+    __slots__ = ("cls", "is_object", "is_wrapper", "items", "keys", "linen", "state", "tree")
+
+    def __init__(self) -> None:
+        self.cls: Any = None
+        self.is_object = True
+        self.is_wrapper = False
+        self.state: tuple[bool, bool] | None = None
+        self.items: list[tuple[Key, int, Any]] = []
+        self.tree: Template | None = None
+        self.keys: tuple[Key, ...] = ()
+        self.linen: list[tuple[Path, int]] = []
+        """The variables of a wrapped Linen module: path below the wrapper, and slot."""
+
+
+class Plan:
+    """How to build one node, and all below it, as NNX objects.
+
+    Args:
+        graph: the graph.
+        root: the node.
+        host: builds a Linen node that no wrapper of the source holds, from its number, path and the
+            slots' values; None where there is no such node.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        root: int,
+        host: Callable[[Plan, int, Sequence[Any]], Any] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.root = root
+        self._host = host
+        self._entries: dict[int, _Entry] = {}
+        self._kinds: dict[int, tuple[type[nnx.Variable[Any]], dict[str, Any]]] = {}
+        self.slots: dict[int, Path] = {}
+        """Each slot below the root, with its path from there."""
+        self._prepare(root, ())
+
+    def _prepare(self, number: int, path: Path) -> None:
+        if number in self._entries:
+            return
+        node = self.graph.nodes[number]
+        if node.source is None or node.source.dialect == "linen":
+            if node.wrapper is None or number == self.root:
+                return
+        entry = self._entries[number] = _Entry()
+        if node.source is not None and node.source.dialect == "linen":
+            self._prepare_wrapper(entry, number, node, path)
+            return
+        assert node.source is not None
+        entry.cls = decode(node.source.cls)
+        impl = _private.get_node_impl_for_type(entry.cls)
+        entry.is_object = isinstance(impl, _private.GraphNodeImpl)
+        for name, value in node.attrs:
+            if name == STATE:
+                entry.state = decode(value)
+            elif name == TREE:
+                assert isinstance(value, Template)
+                entry.tree = value
+            elif name == KEYS:
+                assert isinstance(value, SequenceAttr)
+                entry.keys = decode(value)
+            else:
+                entry.items.append((name, _STATIC, decode(value)))
+        self._prepare_held(entry, node.children, node.slots, path)
+
+    def _prepare_held(
+        self,
+        entry: _Entry,
+        children: tuple[tuple[Key, int], ...],
+        slots: tuple[tuple[Key, int], ...],
+        path: Path,
+    ) -> None:
+        for name, slot in slots:
+            entry.items.append((name, self._slot(slot, (*path, name)), slot))
+        for name, child in children:
+            entry.items.append((name, _CHILD, child))
+            self._prepare(child, (*path, name))
+        entry.items.sort(key=lambda item: (isinstance(item[0], str), item[0]))
+
+    def _slot(self, number: int, path: Path) -> int:
+        slot = self.graph.slots[number]
+        self.slots.setdefault(number, path)
+        if slot.raw:
+            return _RAW
+        if number not in self._kinds:
+            self._kinds[number] = (kind_of(slot), metadata_of(slot))
+        return _VARIABLE
+
+    def _prepare_wrapper(self, entry: _Entry, number: int, node: Node, path: Path) -> None:
+        """A Linen module inside a ToNNX of the source: that ToNNX is built again."""
+        assert node.wrapper is not None
+        entry.is_wrapper = True
+        entry.cls = decode(node.wrapper.cls)
+        for name, value in node.wrapper.attrs:
+            if name == STATE:
+                entry.state = decode(value)
+            else:
+                entry.items.append((name, _STATIC, decode(value)))
+        entry.items.append(("to_nnx__module", _STATIC, linen_module(self.graph, number)))
+        self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path)
+        for below, slot in linen_slots(self.graph, number):
+            if self.graph.slots[slot].lifetime == "ephemeral" and slot not in self._kinds:
+                if self.graph.slots[slot].collection in ("RngKey", "RngCount"):
+                    continue  # derived state of a ToLinen below: flax stores it nowhere
+            self._slot(slot, (*path, *below))
+            entry.linen.append((below, slot))
+
+    def build(self, values: Sequence[Any]) -> Any:
+        """Builds the objects.
+
+        Args:
+            values: a value per slot of the graph, in slot order.
+        """
+        return self._make(self.root, values, {}, {})
+
+    def _make(
+        self, number: int, values: Sequence[Any], made: dict[int, Any], variables: dict[int, Any]
+    ) -> Any:
+        if number in made:
+            return made[number]
+        entry = self._entries.get(number)
+        if entry is None:
+            if self._host is None:
+                raise EmitError(
+                    "a Linen module stands where an NNX module holds it without a wrapper",
+                    path=format_path(self.graph.slots[0].path if self.graph.slots else ()),
+                    fix="Emit the whole graph with program.emit('nnx').",
+                )
+            made[number] = self._host(self, number, values)
+            return made[number]
+        if entry.tree is not None:
+            parts = {
+                name: item if kind == _STATIC else self._item(kind, item, values, made, variables)
+                for name, kind, item in entry.items
+            }
+            return _trees.fill(entry.tree, [parts[key] for key in entry.keys])
+        if not entry.is_object:
+            return self._container(entry, values, made, variables)
+        obj: Any = object.__new__(entry.cls)
+        made[number] = obj
+        attributes = vars(obj)
+        for name, kind, item in entry.items:
+            attributes[name if type(name) is str else str(name)] = (
+                item if kind == _STATIC else self._item(kind, item, values, made, variables)
+            )
+        for below, slot in entry.linen:
+            holder = attributes
+            for name in below[:-1]:
+                holder = holder.setdefault(name, {})
+            holder[below[-1]] = self._variable(slot, values, variables)
+        if entry.state is not None:
+            attributes[STATE] = _private.PytreeState(*entry.state)
+        return obj
+
+    def _item(
+        self,
+        kind: int,
+        item: Any,
+        values: Sequence[Any],
+        made: dict[int, Any],
+        variables: dict[int, Any],
+    ) -> Any:
+        if kind == _CHILD:
+            return self._make(item, values, made, variables)
+        return values[item] if kind == _RAW else self._variable(item, values, variables)
+
+    def _variable(self, slot: int, values: Sequence[Any], variables: dict[int, Any]) -> Any:
+        if slot not in variables:
+            kind, metadata = self._kinds[slot]
+            variables[slot] = kind.from_metadata(values[slot], dict(metadata))
+        return variables[slot]
+
+    def _container(
+        self,
+        entry: _Entry,
+        values: Sequence[Any],
+        made: dict[int, Any],
+        variables: dict[int, Any],
+    ) -> Any:
+        parts = [
+            (name, item if kind == _STATIC else self._item(kind, item, values, made, variables))
+            for name, kind, item in entry.items
+        ]
+        impl = _private.get_node_impl_for_type(entry.cls)
+        assert impl is not None and not isinstance(impl, _private.GraphNodeImpl)
+        return impl.unflatten(parts, None)
+
+    def read(self, obj: Any, values: Sequence[Any]) -> list[Any]:
+        """The state of built objects after a call.
+
+        Args:
+            obj: what `build` gave.
+            values: what it was given.
+
+        Returns:
+            A value per slot of the graph; an unchanged one is the very object in `values`.
+
+        Raises:
+            EmitError: the call changed the structure: an attribute went, or a static one changed.
+        """
+        out = list(values)
+        self._read(self.root, obj, out, set(), ())
+        return out
+
+    def _read(self, number: int, obj: Any, out: list[Any], seen: set[int], path: Path) -> None:
+        if number in seen:
+            return
+        seen.add(number)
+        entry = self._entries[number]
+        if entry.tree is not None or not entry.is_object:
+            impl = _private.get_node_impl(obj)
+            parts: Any = impl.node_dict(obj) if impl is not None else {}
+        else:
+            parts = vars(obj)
+        for name, kind, item in entry.items:
+            where = (*path, name)
+            key = str(name) if entry.is_object and entry.tree is None else name
+            if key not in parts:
+                raise _changed(where, "is gone")
+            value = parts[key]
+            if kind == _CHILD:
+                if item in self._entries:
+                    self._read(item, value, out, seen, where)
+            elif kind == _STATIC:
+                if value is not item and not _equal(value, item):
+                    raise _changed(where, f"was {item!r} and became {value!r}")
+            elif kind == _VARIABLE:
+                if not isinstance(value, nnx.Variable):
+                    raise _changed(where, f"was a Variable and became {type(value).__name__}")
+                out[item] = value.get_raw_value()
+            else:
+                out[item] = value
+        for below, slot in entry.linen:
+            holder: Any = parts
+            for name in below:
+                holder = holder[name]
+            out[slot] = holder.get_raw_value()
+
+
+def _equal(first: Any, second: Any) -> bool:
+    try:
+        return bool(first == second)
+    except Exception:
+        return False
+
+
+def _changed(path: Path, what: str) -> EmitError:
+    return EmitError(
+        f"the call changed the structure of the module: this attribute {what}",
+        path=format_path(path),
+        fix="Keep what a call changes in Variables; change structure outside of compiled calls.",
+    )
+
+
+def linen_slots(graph: Graph, root: int) -> list[tuple[Path, int]]:
+    """The variables of a Linen module: path below it, and slot, NNX modules inside included."""
+    found: list[tuple[Path, int]] = []
+    seen: set[int] = set()
+
+    def walk(number: int, path: Path) -> None:
+        if number in seen:
+            return
+        seen.add(number)
+        node = graph.nodes[number]
+        found.extend(((*path, name), slot) for name, slot in node.slots)
+        for name, child in node.children:
+            walk(child, (*path, name))
+
+    walk(root, ())
+    return found
+
+
+
+def rebuild(module: Any, values: Mapping[Path, Any]) -> Any:
+    """A copy of NNX objects with other values in some of their Variables.
+
+    Args:
+        module: the objects.
+        values: raw values by path; a Variable whose path is not here is shared with `module`.
+    """
+    made: dict[int, Any] = {}
+
+    def copy(obj: Any, path: Path) -> Any:
+        if id(obj) in made:
+            return made[id(obj)]
+        if isinstance(obj, nnx.Variable):
+            if path not in values:
+                return obj
+            made[id(obj)] = type(obj).from_metadata(values[path], obj.get_metadata())
+            return made[id(obj)]
+        if type(obj) is _private.PytreeState:
+            return _private.PytreeState(obj.initializing, obj.is_setup)
+        impl = _private.get_node_impl(obj)
+        if impl is None:
+            return obj
+        if not isinstance(impl, _private.GraphNodeImpl):
+            items, metadata = impl.flatten(obj)
+            parts = [(name, copy(value, (*path, name))) for name, value in items]
+            return impl.unflatten(parts, metadata)
+        new: Any = object.__new__(type(obj))
+        made[id(obj)] = new
+        for name, value in vars(obj).items():
+            key = int(name) if obj._pytree__has_int_keys and name.isdigit() else name
+            vars(new)[name] = copy(value, (*path, key))
+        return new
+
+    return copy(module, ())

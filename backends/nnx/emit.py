@@ -1,0 +1,147 @@
+"""Emits a graph as NNX, and runs graphs whose root is NNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.core.scope import in_filter
+
+from linsey.backends._decode import abstract_value
+from linsey.backends._record import Called
+from linsey.backends._spec import HostSpec
+from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.host import build_node
+from linsey.ir import EmitError, Graph, Path, Stream, Values
+
+
+def build(graph: Graph, values: Values | None) -> Any:
+    """The NNX module of a graph.
+
+    Args:
+        graph: the structure.
+        values: its values; None builds an abstract module.
+    """
+    arrays: Sequence[Any] = (
+        list(map(abstract_value, graph.slots)) if values is None else values.arrays
+    )
+    return build_node(HostSpec(graph, graph.root), graph.root, arrays)
+
+
+def emit(graph: Graph, values: Values | None) -> tuple[Any, Any]:
+    """Emits a graph as ``(graphdef, state)``; see `linsey.Program.emit`."""
+    graphdef, state = nnx.split(build(graph, values))
+    return graphdef, state
+
+
+def override_streams(graph: Graph, arrays: list[Any], rngs: Mapping[str, Any]) -> list[Any]:
+    """The slots with the keys of some streams replaced, and their counters at zero.
+
+    A name that no stream has goes to the streams called ``default``. Where several streams have one
+    name, each gets a key of its own: the given one with the stream's number folded in. A stream
+    whose key is an array of keys gets the given one split into that shape.
+
+    Raises:
+        EmitError: no stream has the name, and none is called default.
+    """
+    out = list(arrays)
+    by_name: dict[str, list[Stream]] = {}
+    for stream in graph.streams:
+        if stream.derivation == "count":
+            by_name.setdefault(stream.name, []).append(stream)
+    known = set(by_name)
+    for name, key in rngs.items():
+        streams = by_name.get(name if name in known else "default")
+        if streams is None:
+            if name == "params":
+                continue
+            raise EmitError(
+                f"no stream is called {name!r}; there are: {', '.join(sorted(known)) or 'none'}",
+                path="rngs",
+                fix="Pass keys for these streams only.",
+            )
+        if name == "params" and name not in known:
+            continue
+        for number, stream in enumerate(streams):
+            assert stream.key is not None and stream.count is not None
+            own = _typed(key) if len(streams) == 1 else jax.random.fold_in(_typed(key), number)
+            shape = arrays[stream.key].shape
+            out[stream.key] = jax.random.split(own, shape) if shape else own
+            out[stream.count] = jax.numpy.zeros(shape, jax.numpy.uint32)
+    return out
+
+
+def _typed(key: Any) -> Any:
+    is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if is_typed else jax.random.wrap_key_data(key)
+
+
+def new_state(module: Any, known: set[Path]) -> dict[str, Any]:
+    """The Variables that a call made, as nested dicts by collection."""
+    extra: dict[str, Any] = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(module)):
+        if path in known or not isinstance(leaf, nnx.Variable):
+            continue
+        try:
+            collection = nnx.variable_name_from_type(type(leaf))
+        except ValueError:
+            collection = type(leaf).__name__
+        holder = extra.setdefault(collection, {})
+        for name in path[:-1]:
+            holder = holder.setdefault(name, {})
+        holder[path[-1]] = leaf.get_raw_value()
+    return extra
+
+
+class NNXRunner:
+    """Runs a graph whose root is an NNX module."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._plan = Plan(graph, graph.root)
+        self.default_mutable: Any = None
+        self._known = {path for slot in graph.slots for path in slot.paths}
+
+    def __call__(
+        self,
+        arrays: Sequence[Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        method: Any,
+        rngs: Mapping[str, Any] | None,
+        mutable: Any,
+    ) -> Called:
+        """See `linsey.backends.Runner`."""
+        given = list(arrays)
+        if rngs:
+            given = override_streams(self._graph, given, rngs)
+        module = self._plan.build(given)
+        if method is None or isinstance(method, str):
+            output = getattr(module, method or "__call__")(*args, **kwargs)
+        else:
+            output = method(module, *args, **kwargs)
+        after = self._plan.read(module, given)
+        if rngs:  # keys that a call brings are the call's own: the stored streams stay
+            for stream in self._graph.streams:
+                for slot in (stream.key, stream.count):
+                    if slot is not None:
+                        after[slot] = arrays[slot]
+        if mutable is not None:
+            after = [
+                new if _allows(mutable, slot.collection) else old
+                for slot, old, new in zip(self._graph.slots, arrays, after, strict=True)
+            ]
+        return Called(output=output, arrays=after, extra=new_state(module, self._known))
+
+
+def _allows(mutable: Any, collection: str) -> bool:
+    return bool(in_filter(mutable, collection))
+
+
+def runner(graph: Graph) -> NNXRunner:
+    """The runner of a graph whose root is an NNX module."""
+    return NNXRunner(graph)
+

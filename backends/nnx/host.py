@@ -1,0 +1,316 @@
+"""Linen code as an NNX module."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import linen, nnx
+
+from linsey import _trees
+from linsey.backends import _private
+from linsey.backends._decode import boxed, kind_of, metadata_of, unboxed
+from linsey.backends._spec import HostSpec
+from linsey.backends.linen.region import Region
+from linsey.backends.nnx.build import Plan
+from linsey.ir import EmitError, Key, Path, decode, format_path, node_paths
+
+_SPEC = "linsey_spec"
+_RNGS = "rngs"
+
+
+class LinenHost(nnx.Module):
+    """A Linen module that holds its variables itself, as NNX modules do.
+
+    Made by `linsey.to_nnx` and ``program.emit("nnx")``. Submodules and variables are attributes
+    under their Linen names; a name that is taken (by a method, or by a variable of another
+    collection) gets ``__<collection>`` or ``__module`` at its end. All methods of the Linen module
+    can be called. Each call also takes:
+
+    * ``rngs``: keys as ``Module.apply`` takes them; without it the model's own streams are drawn
+      from, where it has any.
+    * ``mutable``: the collections that the call may change; the changes are written back into the
+      model. Without it, all but ``params``, ``intermediates`` and ``perturbations``.
+    """
+
+    linsey_spec: HostSpec
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the Linen module's ``__call__``."""
+        return self._run(None, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        spec = vars(self).get(_SPEC)
+        if spec is not None and not name.startswith("__"):
+            method = getattr(_linen_class(spec), name, None)
+            if callable(method):
+                return functools.wraps(method)(functools.partial(_call_method, self, name))
+        raise AttributeError(
+            f"{self._describe()} has no attribute {name!r}; it has"
+            f" {', '.join(sorted(key for key in vars(self) if not key.startswith('_'))) or 'none'}"
+        )
+
+    def _describe(self) -> str:
+        spec = vars(self).get(_SPEC)
+        return "LinenHost" if spec is None else str(_linen_class(spec).__name__)
+
+    def linsey_call(
+        self,
+        method: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        rngs: Any = None,
+        mutable: Any = None,
+    ) -> Any:
+        """Calls a method of the Linen module, by name or as a function of the module.
+
+        Raises:
+            EmitError: the module's values are stacked by a transform that its parent runs, or a
+                PRNG stream is missing.
+        """
+        region = _region(self.linsey_spec)
+        _check_not_stacked(region)
+        variables = region.assemble(functools.partial(self._value, region))
+        extra = self._extra()
+        for collection, tree in extra.items():
+            if collection != "intermediates":
+                _merge(variables.setdefault(collection, {}), tree)
+        output, updates = region.call(
+            variables,
+            args,
+            kwargs,
+            method=method,
+            rngs=self._keys(rngs),
+            mutable=_with_extra(region, extra) if mutable is None else mutable,
+            live=self._child,
+        )
+        found, rest = region.find(updates)
+        for slot, value in found:
+            variable = self._variable(region, slot)
+            if value is not variable.get_raw_value():
+                variable.set_raw_value(value)
+        for collection, tree in rest.items():
+            self._keep(collection, tree)
+        return output
+
+    def _run(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rngs, mutable = kwargs.pop("rngs", None), kwargs.pop("mutable", None)
+        chosen = kwargs.pop("method", method)
+        return self.linsey_call(chosen, args, kwargs, rngs=rngs, mutable=mutable)
+
+    def _keys(self, rngs: Any) -> dict[str, Any] | None:
+        if rngs is not None:
+            return _trees.key_dict(rngs)
+        streams = vars(self).get(_RNGS)
+        if not isinstance(streams, nnx.Rngs):
+            return None
+        return _trees.key_dict(streams)
+
+    def _variable(self, region: Region, slot: int) -> nnx.Variable[Any]:
+        value: Any = self
+        path = _attribute_paths(region)[slot]
+        try:
+            for name in path:
+                is_item = isinstance(value, list | tuple | dict | nnx.List | nnx.Dict | nnx.State)
+                value = value[name] if is_item else getattr(value, str(name))
+        except (AttributeError, KeyError, IndexError) as error:
+            raise EmitError(
+                "the variable is gone from the model",
+                path=format_path(path),
+                fix="Put a Variable of the same shape back, or emit the program again.",
+            ) from error
+        if not isinstance(value, nnx.Variable):
+            raise EmitError(
+                f"found {type(value).__name__}, expected a Variable",
+                path=format_path(path),
+                fix="Put an nnx Variable there.",
+            )
+        return value
+
+    def _child(self, path: tuple[str, ...]) -> Any:
+        """The NNX module that stands at a scope path now."""
+        value: Any = self
+        for name in path:
+            if not isinstance(value, LinenHost):
+                return None
+            attribute = _names_of(value.linsey_spec).get((None, name))
+            value = None if attribute is None else getattr(value, attribute, None)
+        return value
+
+    def _value(self, region: Region, slot: int) -> Any:
+        variable = self._variable(region, slot)
+        entry = region.spec.graph.slots[slot]
+        names = variable.get_metadata("out_sharding", None) if entry.box is not None else None
+        return boxed(entry, variable.get_raw_value(), names)
+
+    def _extra(self) -> dict[str, Any]:
+        """The state that calls made and the graph has no slots for, as Linen variables."""
+        return {
+            name.removesuffix("__collection"): _raw(value)
+            for name, value in vars(self).items()
+            if isinstance(value, dict) and not name.startswith("_pytree__")
+        }
+
+    def _keep(self, collection: str, tree: dict[str, Any]) -> None:
+        taken = collection in vars(self) and not isinstance(vars(self)[collection], dict)
+        name = f"{collection}__collection" if taken or _is_reserved(self, collection) else collection
+        kind = nnx.variable_type_from_name(collection, allow_register=True)
+        old = vars(self).get(name, {})
+        setattr(self, name, nnx.data(_variables(kind, tree, old)))
+
+    def linsey_streams(self, rngs: nnx.Rngs) -> None:
+        """Gives the model streams of its own, drawn from when a call brings none."""
+        setattr(self, _RNGS, rngs)
+
+
+def _call_method(host: LinenHost, name: str, *args: Any, **kwargs: Any) -> Any:
+    return host._run(name, args, kwargs)
+
+
+def _region(spec: HostSpec) -> Region:
+    return spec.cached("region", Region)  # type: ignore[no-any-return]
+
+
+def _with_extra(region: Region, extra: dict[str, Any]) -> Any:
+    more = [name for name in extra if name not in region.mutable and name != "intermediates"]
+    return [*region.mutable, *more] or False
+
+
+def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
+    for name, value in tree.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            _merge(into[name], value)
+        else:
+            into.setdefault(name, value)
+
+
+def _raw(tree: Any) -> Any:
+    if isinstance(tree, nnx.Variable):
+        return tree.get_raw_value()
+    return {name: _raw(value) for name, value in tree.items()}
+
+
+def _variables(kind: Any, tree: Any, old: Any) -> Any:
+    if not isinstance(tree, Mapping):
+        value = unboxed(tree)
+        metadata = {"hijax": False, "ref": False, "eager_sharding": nnx.using_eager_sharding()}
+        return kind.from_metadata(value, metadata)
+    made = dict(old) if isinstance(old, dict) else {}
+    for name, value in tree.items():
+        made[name] = _variables(kind, value, made.get(name))
+    return made
+
+
+def _check_not_stacked(region: Region) -> None:
+    where = region.spec.cached("path", _node_path)
+    for slot, _, _ in region.slots:
+        for axis in region.spec.graph.slots[slot].stack:
+            if axis.owner[: len(where)] != where:
+                raise EmitError(
+                    f"its values are stacked ({axis}) by the transform that"
+                    f" {format_path(axis.owner) or 'the root'} runs",
+                    path=format_path(where),
+                    fix="Call the module that runs the transform; it gives this one its slices.",
+                )
+
+
+def _node_path(spec: HostSpec) -> Path:
+    return node_paths(spec.graph)[spec.node]
+
+
+def _is_reserved(host: LinenHost, name: str) -> bool:
+    return name in (_RNGS, _SPEC) or hasattr(LinenHost, name) or _is_method(host, name)
+
+
+def _is_method(host: LinenHost, name: str) -> bool:
+    return callable(getattr(_linen_class(host.linsey_spec), name, None))
+
+
+def _linen_class(spec: HostSpec) -> type[linen.Module]:
+    """The class of a node's Linen module; the base class for a node that was never called."""
+    source = spec.entry.source
+    return linen.Module if source is None else spec.cached("class", lambda _: decode(source.cls))
+
+
+def attribute_names(spec: HostSpec) -> dict[tuple[str | None, Key], str]:
+    """Under which attribute each child (None, name) and variable (collection, name) is kept."""
+    node = spec.entry
+    cls = _linen_class(spec)
+    taken: set[str] = set()
+    names: dict[tuple[str | None, Key], str] = {}
+    children: list[tuple[str | None, Key]] = [(None, name) for name, _ in node.children]
+    slots = [(spec.graph.slots[slot].collection, name) for name, slot in node.slots]
+    for collection, name in [*children, *sorted(slots, key=lambda item: item[0] != "params")]:
+        plain = str(name)
+        reserved = plain in (_RNGS, _SPEC) or hasattr(LinenHost, plain)
+        is_method = callable(getattr(cls, plain, None)) and plain not in _fields(cls)
+        if reserved or is_method or plain in taken or plain.startswith("_pytree__"):
+            plain = f"{plain}__{collection or 'module'}"
+        taken.add(plain)
+        names[collection, name] = plain
+    return names
+
+
+def _fields(cls: type) -> set[str]:
+    return set(getattr(cls, "__dataclass_fields__", ()))
+
+
+def _names_of(spec: HostSpec) -> dict[tuple[str | None, Key], str]:
+    return spec.cached("names", attribute_names)  # type: ignore[no-any-return]
+
+
+def _attribute_paths(region: Region) -> dict[int, tuple[Key, ...]]:
+    return region.spec.cached("attributes", _find_attributes)  # type: ignore[no-any-return]
+
+
+def _find_attributes(spec: HostSpec) -> dict[int, tuple[Key, ...]]:
+    """The way from a host to the Variable of each slot, by attributes."""
+    found: dict[int, tuple[Key, ...]] = {}
+    seen: set[int] = set()
+
+    def walk(number: int, path: tuple[Key, ...]) -> None:
+        if number in seen:
+            return
+        seen.add(number)
+        node = spec.graph.nodes[number]
+        if node.source is not None and node.source.dialect != "linen":
+            found.update({s: (*path, *below) for s, below in Plan(spec.graph, number).slots.items()})
+            return
+        names = attribute_names(HostSpec(spec.graph, number))
+        for name, slot in node.slots:
+            found[slot] = (*path, names[spec.graph.slots[slot].collection, name])
+        for name, child in node.children:
+            walk(child, (*path, names[None, name]))
+
+    walk(spec.node, ())
+    return found
+
+
+def build_host(spec: HostSpec, values: Sequence[Any]) -> LinenHost:
+    """Builds the NNX module for a Linen node, and all below it."""
+    host: LinenHost = object.__new__(LinenHost)
+    names = _names_of(spec)
+    node = spec.entry
+    attributes: dict[str, Any] = {_SPEC: spec}
+    for name, number in node.slots:
+        slot = spec.graph.slots[number]
+        variable = kind_of(slot).from_metadata(values[number], metadata_of(slot))
+        attributes[names[slot.collection, name]] = variable
+    for name, child in node.children:
+        attributes[names[None, name]] = build_node(spec, child, values)
+    is_data = {key: key != _SPEC for key in attributes}
+    vars(host).update(dict(sorted(attributes.items())))
+    vars(host)["_pytree__nodes"] = LinenHost._pytree__nodes.update(is_data)
+    vars(host)["_pytree__state"] = _private.PytreeState()
+    return host
+
+
+def build_node(spec: HostSpec, number: int, values: Sequence[Any]) -> Any:
+    """Builds any node of a graph as an NNX object."""
+    node = spec.graph.nodes[number]
+    if node.source is None or (node.source.dialect == "linen" and node.wrapper is None):
+        return build_host(HostSpec(spec.graph, number), values)
+    return Plan(spec.graph, number).build(values)
+

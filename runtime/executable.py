@@ -1,0 +1,244 @@
+"""A program compiled by jit over the flat tuple of its slots."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from linsey import _trees
+from linsey.backends import Backend
+from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, slot_index
+
+_EMPTY: dict[str, Any] = {}
+
+
+class Executable:
+    """Runs one method of a program under jit.
+
+    The jit boundary is the flat tuple of slot values: no tree is walked per call. Only the slots
+    that a call changes are outputs. Arguments that are arrays are traced; everything else
+    (``train=True``, a string, None, a Python number) is static, and each new combination of static
+    arguments compiles once. Can be called inside ``jax.jit``, ``jax.grad`` and ``jax.vmap``.
+
+    Made by `linsey.Program.compile`.
+
+    Args:
+        graph: the structure.
+        backend: the backend of the root's dialect.
+        init: gives concrete values from PRNG keys, or None.
+        method: the method, by name or as a function of the module; None: the call.
+        mutable: the collections that a call may change; None: the source's default.
+        capture: collections of state that calls make and no slot holds (``intermediates``), to be
+            returned beside the output.
+        donate: whether a call may reuse the memory of the slots that it changes.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        backend: Backend,
+        init: Callable[[Any], Values] | None,
+        *,
+        method: Any = None,
+        mutable: Any = None,
+        capture: tuple[str, ...] = (),
+        donate: bool = False,
+    ) -> None:
+        self.graph = graph
+        self.method = method
+        self._init = init
+        self._index = slot_index(graph)
+        self._run = backend.runner(graph)
+        self._mutable = _with_capture(self._run, mutable, capture)
+        self._capture = capture
+        self._donate = donate
+        self._fast = jax.jit(self._traced_plain)
+        self._compiled: dict[Any, Any] = {}
+        self._jitted_init: Any = None
+
+    def init(self, rngs: Any = None) -> Values:
+        """Concrete values, initialised under jit.
+
+        Args:
+            rngs: an int seed, a jax key, a dict of keys by stream, or nnx.Rngs.
+
+        Raises:
+            EmitError: the program was lowered from a live module or without its source.
+        """
+        if self._init is None:
+            raise EmitError(
+                "this program cannot be initialised: it was lowered from a live module",
+                path="init",
+                fix="Use program.values, or lower a factory.",
+            )
+        if self._jitted_init is None:
+            init = self._init
+            self._jitted_init = jax.jit(lambda keys: init(keys).arrays)
+        keys = None if rngs is None else _trees.key_dict(rngs)
+        return Values(self._index, self._jitted_init(keys))
+
+    def __call__(
+        self, values: Values, *args: Any, rngs: Any = None, **kwargs: Any
+    ) -> tuple[Any, Values]:
+        """Calls the method.
+
+        Args:
+            values: a value for every slot.
+            args: positional arguments.
+            rngs: keys for this call, as `init` takes them; None: none.
+            kwargs: keyword arguments.
+
+        Returns:
+            The method's result (with ``capture``: the pair of it and the captured state), and the
+            values afterwards.
+
+        Raises:
+            ValuesError: the values are not those of this program.
+            EmitError: a PRNG stream is missing.
+        """
+        index = values.index
+        if index is not self._index and index != self._index:
+            raise _not_ours(index, self._index)
+        keys = rngs
+        if rngs is not None and type(rngs) is not dict:
+            keys = _trees.key_dict(rngs)
+        for arg in args:
+            if not isinstance(arg, jax.Array):
+                return self._static_call(values, args, kwargs, keys)
+        if kwargs or self._donate:
+            return self._static_call(values, args, kwargs, keys)
+        output, changed = self._fast(values.arrays, args, keys)
+        return output, self._updated(values, changed) if changed else values
+
+    def _updated(self, values: Values, changed: Mapping[int, Any]) -> Values:
+        arrays = list(values.arrays)
+        for slot, value in changed.items():
+            arrays[slot] = value
+        return Values(self._index, tuple(arrays))
+
+    def _static_call(
+        self, values: Values, args: tuple[Any, ...], kwargs: dict[str, Any], keys: Any
+    ) -> tuple[Any, Values]:
+        """A call with static arguments, or with donation."""
+        arguments = _trees.Arguments.split(args, kwargs)
+        signature = (arguments.treedef, arguments.static)
+        try:
+            compiled = self._compiled.get(_strict(signature))
+        except TypeError as error:
+            raise EmitError(
+                f"a static argument cannot be hashed: {error}",
+                path="arguments",
+                fix="Pass arrays, or hashable objects (a tuple in place of a list).",
+            ) from error
+        if compiled is None:
+            compiled = self._compile(arguments, values, keys)
+            self._compiled[_strict(signature)] = compiled
+        output, changed = compiled(values.arrays, arguments.dynamic, keys)
+        return output, self._updated(values, changed) if changed else values
+
+    def _compile(self, arguments: _trees.Arguments, values: Values, keys: Any) -> Any:
+        def traced(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+            args, kwargs = arguments.merge(dynamic)
+            return self._traced(arrays, args, kwargs, keys)
+
+        if not self._donate:
+            return jax.jit(traced)
+        changed = jax.eval_shape(traced, values.arrays, arguments.dynamic, keys)[1]
+        return _Donating(traced, tuple(changed), len(values.arrays))
+
+    def _traced_plain(self, arrays: tuple[Any, ...], args: tuple[Any, ...], keys: Any) -> Any:
+        return self._traced(arrays, args, _EMPTY, keys)
+
+    def _traced(
+        self, arrays: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], keys: Any
+    ) -> tuple[Any, dict[int, Any]]:
+        rngs = None if keys is None else _trees.key_dict(keys)
+        called = self._run(
+            arrays, args, kwargs, method=self.method, rngs=rngs, mutable=self._mutable
+        )
+        changed = {
+            slot: new
+            for slot, (old, new) in enumerate(zip(arrays, called.arrays, strict=True))
+            if new is not old
+        }
+        if not self._capture:
+            return called.output, changed
+        captured = {name: called.extra.get(name, {}) for name in self._capture}
+        return (called.output, captured), changed
+
+    def lower(self, values: Values, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+        """The call, lowered and not compiled: a `jax.stages.Lowered`.
+
+        Args:
+            values: values, or their shapes and dtypes.
+            args: positional arguments, arrays or ShapeDtypeStructs.
+            rngs: keys for this call.
+            kwargs: keyword arguments.
+        """
+        arguments = _trees.Arguments.split(args, kwargs)
+        keys = None if rngs is None else _trees.key_dict(rngs)
+
+        def traced(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+            merged, named = arguments.merge(dynamic)
+            return self._traced(arrays, merged, named, keys)
+
+        return jax.jit(traced).lower(values.arrays, arguments.dynamic, keys)
+
+
+class _Donating:
+    """A jitted call that donates the slots which it changes, and no other."""
+
+    def __init__(self, traced: Callable[..., Any], changed: tuple[int, ...], count: int) -> None:
+        kept = tuple(slot for slot in range(count) if slot not in set(changed))
+        order = {slot: position for position, slot in enumerate((*changed, *kept))}
+        places = tuple(order[slot] for slot in range(count))
+
+        def call(given: tuple[Any, ...], rest: tuple[Any, ...], dynamic: Any, keys: Any) -> Any:
+            together = (*given, *rest)
+            return traced(tuple(together[place] for place in places), dynamic, keys)
+
+        self._take, self._leave = _getter(changed), _getter(kept)
+        self._jitted = jax.jit(call, donate_argnums=0)
+
+    def __call__(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+        return self._jitted(self._take(arrays), self._leave(arrays), dynamic, keys)
+
+
+def _getter(slots: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    if len(slots) > 1:
+        return operator.itemgetter(*slots)
+    return lambda arrays: tuple(arrays[slot] for slot in slots)
+
+
+def _strict(signature: tuple[Any, tuple[tuple[int, Any], ...]]) -> Any:
+    """The signature with types, so that 1, 1.0 and True are three signatures."""
+    treedef, static = signature
+    return treedef, tuple((position, type(value), value) for position, value in static)
+
+
+def _with_capture(run: Any, mutable: Any, capture: tuple[str, ...]) -> Any:
+    if not capture:
+        return mutable
+    if mutable is None:
+        mutable = run.default_mutable
+    if mutable is True or mutable is None:
+        return mutable
+    names = [mutable] if isinstance(mutable, str) else list(mutable or ())
+    return [*names, *(name for name in capture if name not in names)]
+
+
+def _not_ours(found: SlotIndex, expected: SlotIndex) -> ValuesError:
+    missing = [key for key in expected.keys if key not in found.positions]
+    extra = [key for key in found.keys if key not in expected.positions]
+    first = (missing or extra or list(found.keys))[0]
+    return ValuesError(
+        f"the values are not those of this program: {len(missing)} slots are missing and"
+        f" {len(extra)} are unknown",
+        path=first,
+        fix="Pass what exe.init, program.values or an earlier call gave, whole.",
+    )
+
+

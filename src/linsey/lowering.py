@@ -1,0 +1,169 @@
+"""`lower`, and the one-line conversions on top of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import linen, nnx
+
+from linsey import _trees, plugins
+from linsey.backends.nnx import build
+from linsey.frontends import Request
+from linsey.program import Program
+
+
+def lower(
+    source: Any, *args: Any, rngs: Any = None, variables: Any = None, method: Any = None, **kwargs: Any
+) -> Program:
+    """Lowers a module to a program: one abstract trace, nothing allocated, nothing computed.
+
+    Args:
+        source: an unbound Linen module; an NNX module, live or abstract; a factory (a function that
+            takes nothing or ``rngs`` and returns either); or what another frontend accepts.
+        args: sample inputs, as the source is called or initialised with: arrays or
+            ``jax.ShapeDtypeStruct``. A Linen module needs them; an NNX module needs them only where
+            a ``bridge.ToNNX`` inside is not initialised yet.
+        rngs: for Linen and for factories: an int seed, a jax key, a dict of keys by stream, or
+            ``nnx.Rngs``. Their names matter, their numbers do not until `Program.init`.
+        variables: for Linen: the variables at hand, boxed or not; they become the program's values.
+        method: the method to lower by, a name or a function of the module; None: the call.
+        kwargs: keyword inputs. Those that are not arrays are static.
+
+    Raises:
+        LoweringError: the module or the inputs are not fit for it.
+        ValuesError: the variables are not those of the module.
+        PluginError: no frontend accepts the source.
+
+    Example:
+        >>> import jax, linsey
+        >>> from flax import linen as nn
+        >>> x = jax.ShapeDtypeStruct((1, 3), "float32")
+        >>> program = linsey.lower(nn.Dense(2), x)
+        >>> [str(slot.type) for slot in program.graph.slots]
+        ['float32[2]', 'float32[3,2]']
+    """
+    request = Request(
+        source=source, args=args, kwargs=kwargs, rngs=rngs, variables=variables, method=method
+    )
+    if not isinstance(source, type) and _is_factory(source):
+        made = _made_by(source)
+        if not isinstance(made, linen.Module):
+            from linsey.frontends.nnx.lower import lower_factory
+
+            lowered = lower_factory(request)
+            return Program(graph=lowered.graph, values=lowered.values, initialize=lowered.init)
+        request = Request(
+            source=made, args=args, kwargs=kwargs, rngs=rngs, variables=variables, method=method
+        )
+    lowered = plugins.find_frontend(request.source).lower(request)
+    return Program(graph=lowered.graph, values=lowered.values, initialize=lowered.init)
+
+
+def _is_factory(source: Any) -> bool:
+    return callable(source) and not isinstance(source, linen.Module | nnx.Pytree)
+
+
+def _made_by(factory: Any) -> Any:
+    """What a factory makes, when that takes no arrays to find out: a Linen module; else None."""
+    kept: list[Any] = []
+
+    def run() -> None:
+        kept.append(factory())
+
+    try:
+        jax.eval_shape(run)
+    except TypeError:  # it takes arguments: not one that only makes a Linen module
+        return None
+    return kept[0]
+
+
+def to_nnx(
+    source: Any, *args: Any, rngs: Any = None, variables: Any = None, method: Any = None, **kwargs: Any
+) -> Any:
+    """Converts a module to an NNX module with its values.
+
+    Args:
+        source: as for `lower`.
+        args: sample inputs, as for `lower`.
+        rngs: as for `lower`. Linen values are initialised from them unless ``variables`` are given;
+            the streams but ``params`` stay in the model, as ``model.rngs``, for the calls that bring
+            no keys. ``params`` stays too where a call draws from a stream that was not given, since
+            Linen then falls back to it.
+        variables: for Linen: the values at hand.
+        method: as for `lower`.
+        kwargs: keyword inputs.
+
+    Returns:
+        An ``nnx.Module`` with the source's methods; see `linsey.backends.nnx.LinenHost` for one that
+        comes from Linen.
+
+    Raises:
+        LoweringError, ValuesError, PluginError: as `lower`.
+
+    Example:
+        >>> import jax, linsey
+        >>> from flax import linen as nn
+        >>> x = jax.numpy.ones((1, 3))
+        >>> model = linsey.to_nnx(nn.Dense(2), x, rngs=0)
+        >>> model.kernel.shape, model(x).shape
+        ((3, 2), (1, 2))
+    """
+    streams = rngs.fork() if isinstance(rngs, nnx.Rngs) else rngs
+    is_linen = isinstance(source, linen.Module)
+    given = _trees.key_dict(rngs) if is_linen and rngs is not None else rngs
+    program = lower(source, *args, rngs=given, variables=variables, method=method, **kwargs)
+    if program.values is None:
+        program = program.init(given)
+    model = build(program.graph, program.values)
+    if is_linen:
+        _give_streams(model, program, streams)
+    return model
+
+
+def _give_streams(model: Any, program: Program, rngs: Any) -> None:
+    if rngs is None:
+        return
+    drawn = {s.name for s in program.graph.streams if s.derivation == "path" and s.use == "call"}
+    if isinstance(rngs, nnx.Rngs):
+        keys = {name: stream.key.get_value() for name, stream in rngs.items()}
+        if "params" not in keys and "default" in keys:
+            keys["params"] = keys.pop("default")
+    else:
+        keys = _trees.key_dict(rngs)
+    kept = {name: key for name, key in keys.items() if name != "params" or drawn - set(keys)}
+    if kept:
+        model.linsey_streams(nnx.Rngs(**kept))
+
+
+def to_linen(source: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    """Converts a module to a Linen module and its variables.
+
+    Args:
+        source: an NNX module or a factory of one, or what `lower` takes else.
+        args: sample inputs, as for `lower`.
+        rngs: for factories and Linen modules, as for `lower`.
+        kwargs: keyword inputs.
+
+    Returns:
+        ``(module, variables)``: ``module.apply(variables, ...)`` calls it. RNG state is in the
+        collections ``RngKey`` and ``RngCount``: pass ``mutable=["RngCount"]`` and store what comes
+        back, or pass ``rngs=`` to each call.
+
+    Raises:
+        LoweringError, ValuesError, PluginError: as `lower`.
+
+    Example:
+        >>> import jax, linsey
+        >>> from flax import nnx
+        >>> module, variables = linsey.to_linen(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+        >>> module.apply(variables, jax.numpy.ones((1, 3))).shape
+        (1, 2)
+    """
+    program = lower(source, *args, rngs=rngs, **kwargs)
+    if program.values is None:
+        program = program.init(rngs)
+    module, variables = program.emit("linen")
+    return module, variables
+
+

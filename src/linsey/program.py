@@ -1,0 +1,117 @@
+"""A program: a graph, its values where there are any, and what can be done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from linsey import plugins
+from linsey.backends import Backend
+from linsey.ir import EmitError, Graph, Values, verify
+from linsey.runtime import Executable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What `linsey.lower` gives. Immutable; ``print`` shows the graph."""
+
+    graph: Graph
+    """The structure."""
+    values: Values | None = None
+    """One value per slot, or None when the program is abstract."""
+    initialize: Callable[[Any], Values] | None = field(default=None, repr=False, compare=False)
+    """The source's own initialisation; None for a live module, which is initialised already."""
+
+    def __str__(self) -> str:
+        return str(self.graph)
+
+    def init(self, rngs: Any = None) -> Program:
+        """The program with concrete values: the very numbers that the source's own init gives.
+
+        Args:
+            rngs: what the source API takes: an int seed, a jax key, a dict of keys by stream, or
+                ``nnx.Rngs``; None: those given to `linsey.lower`, or seed 0.
+
+        Raises:
+            EmitError: the program was lowered from a live module, which has its values.
+            LoweringError: a PRNG stream is missing.
+
+        Example:
+            >>> import jax, linsey
+            >>> from flax import linen as nn
+            >>> x = jax.numpy.ones((1, 3))
+            >>> program = linsey.lower(nn.Dense(2), x).init(jax.random.key(0))
+            >>> program.values["params/kernel"].shape
+            (3, 2)
+        """
+        if self.initialize is None:
+            raise EmitError(
+                "this program cannot be initialised: it was lowered from a live module",
+                path="init",
+                fix="Use program.values, or lower a factory.",
+            )
+        return replace(self, values=self.initialize(rngs))
+
+    def emit(self, target: str) -> Any:
+        """Emits the program in one of the APIs.
+
+        Args:
+            target: ``"nnx"`` gives ``(graphdef, state)``, ``"linen"`` gives ``(module,
+                variables)``; another name, what the backend of that name gives. An abstract program
+                gives ShapeDtypeStructs in place of arrays.
+
+        Raises:
+            PluginError: there is no such backend.
+            EmitError: the graph cannot be emitted there.
+            VerifyError: the graph is not sound.
+
+        Example:
+            >>> import jax, linsey
+            >>> from flax import linen as nn, nnx
+            >>> x = jax.numpy.ones((1, 3))
+            >>> graphdef, state = linsey.lower(nn.Dense(2), x).init(0).emit("nnx")
+            >>> nnx.merge(graphdef, state)(x).shape
+            (1, 2)
+        """
+        backend: Backend = plugins.load("linsey.backends", target)
+        return backend.emit(verify(self.graph), self.values)
+
+    def compile(
+        self,
+        method: Any = None,
+        *,
+        mutable: Any = None,
+        capture: tuple[str, ...] = (),
+        donate: bool = False,
+    ) -> Executable:
+        """Compiles one method; see `linsey.runtime.Executable`.
+
+        Args:
+            method: its name, or a function of the module; None: the call.
+            mutable: the collections that a call may change; None: for a Linen root all but
+                ``params``, ``intermediates`` and ``perturbations``, for an NNX root all.
+            capture: collections of state that calls make, to be returned beside the output.
+            donate: whether a call may reuse the memory of the slots that it changes; those of the
+                values passed in are gone then.
+
+        Example:
+            >>> import jax, linsey
+            >>> from flax import linen as nn
+            >>> x = jax.numpy.ones((1, 3))
+            >>> exe = linsey.lower(nn.Dense(2), x).compile()
+            >>> y, values = exe(exe.init(0), x)
+            >>> y.shape
+            (1, 2)
+        """
+        source = self.graph.nodes[self.graph.root].source
+        dialect = "nnx" if source is None else source.dialect
+        return Executable(
+            verify(self.graph),
+            plugins.load("linsey.backends", dialect),
+            self.initialize,
+            method=method,
+            mutable=mutable,
+            capture=tuple(capture),
+            donate=donate,
+        )
