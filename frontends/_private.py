@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from flax.core import meta, scope
+from flax.core import lift, meta, scope
 from flax.nnx import graphlib
 from flax.nnx.bridge import wrappers
 
@@ -31,6 +31,10 @@ class Watcher:
     def add_axis(self, tree: Any, params: dict[Any, Any]) -> tuple[Any, dict[Any, Any]]:
         """A lifted transform is about to stack variables along a new axis."""
         return tree, params
+
+    def mark_axis(self, params: dict[Any, Any]) -> dict[Any, Any]:
+        """A lifted transform is about to slice variables along a stacked axis."""
+        return params
 
     def call_to_nnx(self, wrapper: Any, run: Callable[[], Any]) -> Any:
         """A ``bridge.ToNNX`` is called."""
@@ -52,8 +56,9 @@ _originals: dict[tuple[Any, str], Any] = {
     (scope.Scope, "put_variable"): scope.Scope.put_variable,
     (scope.Scope, "make_rng"): scope.Scope.make_rng,
     (scope.Scope, "param"): scope.Scope.param,
-    # lift calls `meta.add_axis(variables, axis, params)` for each group that a transform stacks.
-    (meta, "add_axis"): meta.add_axis,
+    # lift calls `meta.add_axis(variables, axis, params)` for each group that a transform stacks. Only
+    # what lift sees is replaced: elsewhere the same function names axes that no array has.
+    (lift, "meta"): lift.meta,
     # The moment at which NNX code enters Linen code; NNX calls cannot be intercepted.
     (wrappers.ToNNX, "__call__"): wrappers.ToNNX.__call__,
 }
@@ -82,10 +87,21 @@ def _param(self: Any, name: str, init_fn: Any, *args: Any, **kwargs: Any) -> Any
         _active.in_param -= 1
 
 
-def _add_axis(tree: Any, index: int, params: dict[Any, Any]) -> Any:
-    if _active.watcher is not None:
-        tree, params = _active.watcher.add_axis(tree, params)
-    return _originals[meta, "add_axis"](tree, index, params)
+class _Meta:
+    """``flax.core.meta`` as lift sees it while a watcher is at work."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(meta, name)
+
+    def add_axis(self, tree: Any, index: int, params: dict[Any, Any]) -> Any:
+        if _active.watcher is not None:
+            tree, params = _active.watcher.add_axis(tree, params)
+        return meta.add_axis(tree, index, params)
+
+    def remove_axis(self, tree: Any, index: int, params: dict[Any, Any]) -> Any:
+        if _active.watcher is not None:
+            params = _active.watcher.mark_axis(params)
+        return meta.remove_axis(tree, index, params)
 
 
 def _call_to_nnx(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +113,7 @@ _replacements = {
     (scope.Scope, "put_variable"): _put_variable,
     (scope.Scope, "make_rng"): _make_rng,
     (scope.Scope, "param"): _param,
-    (meta, "add_axis"): _add_axis,
+    (lift, "meta"): _Meta(),
     (wrappers.ToNNX, "__call__"): _call_to_nnx,
 }
 

@@ -55,7 +55,8 @@ from linsey.ir.graph import (
     ValueType,
     Wrapper,
 )
-from linsey.ir.paths import Key, Path, format_path, parse_path
+from linsey.ir.host import Host, HostParts, is_host
+from linsey.ir.paths import Key, Path, as_key, format_path, parse_path
 from linsey.ir.text import format_graph
 from linsey.ir.values import SlotIndex, Values, slot_index
 from linsey.ir.verify import problems, verify
@@ -74,6 +75,8 @@ __all__ = [
     "EnumValue",
     "Graph",
     "Hole",
+    "Host",
+    "HostParts",
     "Instance",
     "Key",
     "LinseyError",
@@ -101,6 +104,7 @@ __all__ = [
     "ValuesError",
     "VerifyError",
     "Wrapper",
+    "as_key",
     "decode",
     "describe",
     "digraph",
@@ -110,6 +114,7 @@ __all__ = [
     "find_node",
     "format_graph",
     "format_path",
+    "is_host",
     "node_paths",
     "parse_path",
     "problems",

@@ -10,6 +10,16 @@ Key = str | int
 Path = tuple[Key, ...]
 
 
+def as_key(key: object) -> Key:
+    """The path component for any key of a mapping: itself, or the text of one that is no name.
+
+    Example:
+        >>> as_key(("kernel", "sigma"))
+        "('kernel', 'sigma')"
+    """
+    return key if type(key) in (str, int) else repr(key)  # type: ignore[return-value]
+
+
 def _escape(key: Key) -> str:
     if isinstance(key, int):
         return f"[{key}]"

@@ -90,15 +90,13 @@ def _names(graph: Graph) -> Iterator[str]:
 
 
 def _types(graph: Graph) -> Iterator[str]:
-    """Sizes are not negative, and partitions and stacks fit their slot's rank."""
+    """Sizes are not negative, and stacked axes are there."""
     for slot in graph.slots:
         if not isinstance(slot.type, TensorType):
             continue
         shape = slot.type.shape
         if any(size < 0 for size in shape):
             yield f"slot {slot.key} has a negative size: {slot.type}"
-        if slot.partition is not None and len(slot.partition.axes) > len(shape):
-            yield f"slot {slot.key} of rank {len(shape)} has a partition of {slot.partition}"
         rest = list(shape)
         for entry in slot.stack:
             if not 0 <= entry.axis < len(rest) or rest[entry.axis] != entry.length:

@@ -81,7 +81,7 @@ class Executable:
         return Values(self._index, self._jitted_init(keys))
 
     def __call__(
-        self, values: Values, *args: Any, rngs: Any = None, **kwargs: Any
+        self, values: Values, /, *args: Any, rngs: Any = None, **kwargs: Any
     ) -> tuple[Any, Values]:
         """Calls the method.
 
@@ -169,7 +169,7 @@ class Executable:
         captured = {name: called.extra.get(name, {}) for name in self._capture}
         return (called.output, captured), changed
 
-    def lower(self, values: Values, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
+    def lower(self, values: Values, /, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         """The call, lowered and not compiled: a `jax.stages.Lowered`.
 
         Args:

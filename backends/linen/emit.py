@@ -10,9 +10,9 @@ from flax import linen
 from linsey.backends._decode import abstract_value, boxed, emitted_box, linen_module
 from linsey.backends._record import Called
 from linsey.backends._spec import HostSpec
-from linsey.backends.linen.host import NNXHost
+from linsey.backends.linen.host import NNXHost, linen_places
 from linsey.backends.linen.region import Region
-from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.host import is_hosted
 from linsey.ir import Graph, Values
 
 
@@ -22,23 +22,20 @@ def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, A
         list(map(abstract_value, graph.slots)) if values is None else values.arrays
     )
     spec = HostSpec(graph, graph.root)
-    source = spec.entry.source
-    if source is not None and source.dialect == "linen" and spec.entry.wrapper is None:
+    if is_hosted(spec.entry):
         region = Region(spec)
         variables = region.assemble(lambda slot: boxed(graph.slots[slot], arrays[slot]))
         return linen_module(graph, graph.root), variables
-    return NNXHost(spec), _variables(graph, arrays)
+    return NNXHost(spec), _variables(spec, arrays)
 
 
-def _variables(graph: Graph, arrays: Sequence[Any]) -> dict[str, Any]:
+def _variables(spec: HostSpec, arrays: Sequence[Any]) -> dict[str, Any]:
     variables: dict[str, Any] = {}
-    for slot, path in Plan(graph, graph.root).slots.items():
-        entry = graph.slots[slot]
-        holder = variables.setdefault(entry.collection, {})
-        names = (str(path[0]), *path[1:])
-        for name in names[:-1]:
+    for slot, path in linen_places(spec).items():
+        holder = variables
+        for name in path[:-1]:
             holder = holder.setdefault(name, {})
-        holder[names[-1]] = emitted_box(entry, arrays[slot])
+        holder[path[-1]] = emitted_box(spec.graph.slots[slot], arrays[slot])
     return variables
 
 

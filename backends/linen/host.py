@@ -14,7 +14,9 @@ from linsey.backends._decode import RNG_COLLECTIONS
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state, override_streams
-from linsey.ir import EmitError, Key, Path, decode, format_path
+from linsey.ir import EmitError, HostParts, Path, decode, format_path
+
+_MISSING = object()
 
 
 class NNXHost(linen.Module):
@@ -31,6 +33,11 @@ class NNXHost(linen.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the NNX module's ``__call__``."""
         return self._run("__call__", args, kwargs)
+
+    @linen.nowrap
+    def linsey_parts(self) -> HostParts:
+        """What a frontend sees of it."""
+        return HostParts(graph=self.spec.graph, node=self.spec.node, places=_places(self.spec))
 
     @linen.nowrap
     def __getattr__(self, name: str) -> Any:
@@ -54,7 +61,7 @@ class NNXHost(linen.Module):
             )
         plan = _plan(self.spec)
         given = self._given_streams()
-        values = self._values(plan, optional=bool(given))
+        values = self._values(optional=bool(given))
         keys = {name: self.make_rng(name) for name in given}
         called = override_streams(self.spec.graph, values, keys) if keys else values
         module = plan.build(called)
@@ -66,7 +73,7 @@ class NNXHost(linen.Module):
                 for slot, entry in enumerate(self.spec.graph.slots):
                     if entry.collection in RNG_COLLECTIONS:
                         after[slot] = values[slot]
-            self._store(plan, values, after)
+            self._store(values, after)
             self._store_new(new_state(module, _known(self.spec)))
         return output
 
@@ -77,15 +84,14 @@ class NNXHost(linen.Module):
         return [name for name in self.scope.rngs if name in known or (known and name != "params")]
 
     @linen.nowrap
-    def _values(self, plan: Plan, *, optional: bool) -> list[Any]:
+    def _values(self, *, optional: bool) -> list[Any]:
         slots = self.spec.graph.slots
         values: list[Any] = [None] * len(slots)
-        for slot, path in plan.slots.items():
-            collection = slots[slot].collection
-            value: Any = self.get_variable(collection, str(path[0]))
+        for slot, (collection, *path) in _places(self.spec).items():
+            value: Any = self.get_variable(str(collection), str(path[0]), _MISSING)
             for name in path[1:]:
-                value = value.get(name) if isinstance(value, Mapping) else None
-            if value is None:
+                value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
+            if value is _MISSING:
                 if optional and collection in RNG_COLLECTIONS:
                     values[slot] = _empty_stream(slots[slot].collection, slots[slot].type)
                     continue
@@ -100,18 +106,17 @@ class NNXHost(linen.Module):
         return values
 
     @linen.nowrap
-    def _store(self, plan: Plan, before: list[Any], after: list[Any]) -> None:
-        slots = self.spec.graph.slots
-        changed: dict[tuple[str, Key], list[tuple[Path, Any]]] = {}
-        for slot, path in plan.slots.items():
-            collection = slots[slot].collection
-            if after[slot] is not before[slot] and self.is_mutable_collection(collection):
-                changed.setdefault((collection, path[0]), []).append((path, after[slot]))
+    def _store(self, before: list[Any], after: list[Any]) -> None:
+        changed: dict[tuple[str, str], list[tuple[Path, Any]]] = {}
+        for slot, (collection, *path) in _places(self.spec).items():
+            name = str(collection)
+            if after[slot] is not before[slot] and self.is_mutable_collection(name):
+                changed.setdefault((name, str(path[0])), []).append((tuple(path), after[slot]))
         for (collection, top), updates in changed.items():
-            old = self.get_variable(collection, str(top))
+            old = self.get_variable(collection, top)
             for path, value in updates:
                 old = _with(old, path[1:], value)
-            self.put_variable(collection, str(top), old)
+            self.put_variable(collection, top, old)
 
     @linen.nowrap
     def _store_new(self, extra: Mapping[str, Any]) -> None:
@@ -133,6 +138,25 @@ def _class(spec: HostSpec) -> Any:
 
 def _plan(spec: HostSpec) -> Plan:
     return spec.cached("plan", lambda spec: Plan(spec.graph, spec.node))  # type: ignore[no-any-return]
+
+
+def _places(spec: HostSpec) -> dict[int, Path]:
+    return spec.cached("places", linen_places)  # type: ignore[no-any-return]
+
+
+def linen_places(spec: HostSpec) -> dict[int, Path]:
+    """Where the Linen variables of an NNX module lie: collection and path, by slot.
+
+    The first name is always a string, and never ``params`` in the collection of that name: Linen
+    refuses both.
+    """
+    places: dict[int, Path] = {}
+    for slot, path in _plan(spec).slots.items():
+        collection = spec.graph.slots[slot].collection
+        first = str(path[0])
+        is_doubled = collection == "params" and first == "params"
+        places[slot] = (collection, "params__nnx" if is_doubled else first, *path[1:])
+    return places
 
 
 def _known(spec: HostSpec) -> set[Path]:

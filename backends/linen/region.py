@@ -29,6 +29,8 @@ from linsey.ir import EmitError, Path, format_path
 
 _NOT_BY_DEFAULT = frozenset({"params", "intermediates", "perturbations"})
 
+_MISSING = object()
+
 
 class _Running(threading.local):
     stack: tuple[Any, ...] = ()
@@ -271,12 +273,10 @@ class Inner:
 
     def _variable(self, module: bridge.ToLinen, slot: int, path: Path) -> Any:
         collection = self._graph.slots[slot].collection
-        value: Any = module.get_variable(collection, str(path[0]))
-        if value is None:
-            value = module.get_variable(collection, path[0])  # type: ignore[arg-type]
+        value: Any = module.get_variable(collection, path[0], _MISSING)  # type: ignore[arg-type]
         for name in path[1:]:
-            value = None if value is None else value.get(name)
-        if value is None:
+            value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
+        if value is _MISSING:
             raise EmitError(
                 "the variable is missing",
                 path=format_path((collection, *module.path, *path)),

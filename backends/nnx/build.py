@@ -29,6 +29,9 @@ from linsey.ir import (
 STATE = "_pytree__state"
 TREE = "_pytree__def"
 KEYS = "_pytree__keys"
+NAMES = "_pytree__names"
+# A call may add Variables (sow does); these two attributes keep track of that.
+_BOOKKEEPING = frozenset({"_pytree__nodes", STATE})
 
 _CHILD, _VARIABLE, _RAW, _STATIC = range(4)
 
@@ -99,9 +102,11 @@ class Plan:
             elif name == KEYS:
                 assert isinstance(value, SequenceAttr)
                 entry.keys = decode(value)
+            elif name == NAMES:
+                continue
             else:
                 entry.items.append((name, _STATIC, decode(value)))
-        self._prepare_held(entry, node.children, node.slots, path)
+        self._prepare_held(entry, node.children, node.slots, path, real_keys(node))
 
     def _prepare_held(
         self,
@@ -109,13 +114,16 @@ class Plan:
         children: tuple[tuple[Key, int], ...],
         slots: tuple[tuple[Key, int], ...],
         path: Path,
+        names: Mapping[Key, Any],
     ) -> None:
-        for name, slot in slots:
+        for key, slot in slots:
+            name = names.get(key, key)
             entry.items.append((name, self._slot(slot, (*path, name)), slot))
-        for name, child in children:
+        for key, child in children:
+            name = names.get(key, key)
             entry.items.append((name, _CHILD, child))
             self._prepare(child, (*path, name))
-        entry.items.sort(key=lambda item: (isinstance(item[0], str), item[0]))
+        entry.items.sort(key=lambda item: _order(item[0]))
 
     def _slot(self, number: int, path: Path) -> int:
         slot = self.graph.slots[number]
@@ -137,7 +145,7 @@ class Plan:
             else:
                 entry.items.append((name, _STATIC, decode(value)))
         entry.items.append(("to_nnx__module", _STATIC, linen_module(self.graph, number)))
-        self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path)
+        self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path, {})
         for below, slot in linen_slots(self.graph, number):
             if self.graph.slots[slot].lifetime == "ephemeral" and slot not in self._kinds:
                 if self.graph.slots[slot].collection in ("RngKey", "RngCount"):
@@ -262,6 +270,8 @@ class Plan:
                 if item in self._entries:
                     self._read(item, value, out, seen, where)
             elif kind == _STATIC:
+                if name in _BOOKKEEPING:
+                    continue
                 if value is not item and not _equal(value, item):
                     raise _changed(where, f"was {item!r} and became {value!r}")
             elif kind == _VARIABLE:
@@ -275,6 +285,19 @@ class Plan:
             for name in below:
                 holder = holder[name]
             out[slot] = holder.get_raw_value()
+
+
+def real_keys(node: Node) -> Mapping[Key, Any]:
+    """The keys of a dict that are neither str nor int, by their names in the graph."""
+    value = next((value for name, value in node.attrs if name == NAMES), None)
+    return {} if value is None else decode(value)
+
+
+def _order(key: Any) -> tuple[int, Any]:
+    """NNX sorts integers before names; anything else goes last."""
+    if isinstance(key, int | str):
+        return int(isinstance(key, str)), key
+    return 2, repr(key)
 
 
 def _equal(first: Any, second: Any) -> bool:
@@ -293,7 +316,10 @@ def _changed(path: Path, what: str) -> EmitError:
 
 
 def linen_slots(graph: Graph, root: int) -> list[tuple[Path, int]]:
-    """The variables of a Linen module: path below it, and slot, NNX modules inside included."""
+    """The variables of a Linen module: path below it, and slot, NNX modules inside included.
+
+    The path is that of the source: it holds the keys of dicts as they are.
+    """
     found: list[tuple[Path, int]] = []
     seen: set[int] = set()
 
@@ -302,9 +328,10 @@ def linen_slots(graph: Graph, root: int) -> list[tuple[Path, int]]:
             return
         seen.add(number)
         node = graph.nodes[number]
-        found.extend(((*path, name), slot) for name, slot in node.slots)
+        names = real_keys(node)
+        found.extend(((*path, names.get(name, name)), slot) for name, slot in node.slots)
         for name, child in node.children:
-            walk(child, (*path, name))
+            walk(child, (*path, names.get(name, name)))
 
     walk(root, ())
     return found

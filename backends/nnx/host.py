@@ -14,7 +14,7 @@ from linsey.backends._decode import boxed, kind_of, metadata_of, unboxed
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.region import Region
 from linsey.backends.nnx.build import Plan
-from linsey.ir import EmitError, Key, Path, decode, format_path, node_paths
+from linsey.ir import EmitError, HostParts, Key, Node, Path, decode, format_path, node_paths
 
 _SPEC = "linsey_spec"
 _RNGS = "rngs"
@@ -160,6 +160,28 @@ class LinenHost(nnx.Module):
         old = vars(self).get(name, {})
         setattr(self, name, nnx.data(_variables(kind, tree, old)))
 
+    def linsey_parts(self) -> HostParts:
+        """What a frontend sees of it."""
+        spec = self.linsey_spec
+        names = _names_of(spec)
+        attributes = vars(self)
+        shown = {attribute: place for place, attribute in names.items()}
+        children: dict[Key, Any] = {}
+        variables: dict[tuple[str, Key], Any] = {}
+        for (collection, name), attribute in names.items():
+            if attribute in attributes and collection is None:
+                children[name] = attributes[attribute]
+            elif attribute in attributes and collection is not None:
+                variables[collection, name] = attributes[attribute]
+        own = {
+            name: value
+            for name, value in attributes.items()
+            if name not in shown and name != _SPEC and not name.startswith("_pytree__")
+        }
+        return HostParts(
+            graph=spec.graph, node=spec.node, children=children, variables=variables, own=own
+        )
+
     def linsey_streams(self, rngs: nnx.Rngs) -> None:
         """Gives the model streams of its own, drawn from when a call brings none."""
         setattr(self, _RNGS, rngs)
@@ -300,6 +322,9 @@ def build_host(spec: HostSpec, values: Sequence[Any]) -> LinenHost:
         attributes[names[slot.collection, name]] = variable
     for name, child in node.children:
         attributes[names[None, name]] = build_node(spec, child, values)
+    if node.wrapper is not None:  # streams, and state that calls made
+        for name, child in node.wrapper.children:
+            attributes[str(name)] = build_node(spec, child, values)
     is_data = {key: key != _SPEC for key in attributes}
     vars(host).update(dict(sorted(attributes.items())))
     vars(host)["_pytree__nodes"] = LinenHost._pytree__nodes.update(is_data)
@@ -307,10 +332,17 @@ def build_host(spec: HostSpec, values: Sequence[Any]) -> LinenHost:
     return host
 
 
+def is_hosted(node: Node) -> bool:
+    """Whether a node is Linen code that no wrapper of the source holds."""
+    if node.source is None or node.source.dialect == "linen":
+        return node.wrapper is None or decode(node.wrapper.cls) is LinenHost
+    return False
+
+
 def build_node(spec: HostSpec, number: int, values: Sequence[Any]) -> Any:
     """Builds any node of a graph as an NNX object."""
     node = spec.graph.nodes[number]
-    if node.source is None or (node.source.dialect == "linen" and node.wrapper is None):
+    if is_hosted(node):
         return build_host(HostSpec(spec.graph, number), values)
     return Plan(spec.graph, number).build(values)
 

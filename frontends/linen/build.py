@@ -23,6 +23,7 @@ from linsey.ir import (
     StackAxis,
     TensorType,
     Wrapper,
+    as_key,
     format_path,
 )
 
@@ -96,7 +97,8 @@ class Region:
                 state = nnx.state(seen.nnx, nnx.Not(nnx.RngState))
                 for below, leaf in nnx.to_flat_state(state):
                     if isinstance(leaf, nnx.Variable):
-                        found[collection_of(type(leaf)), (*path, *below)] = leaf
+                        names = map(as_key, below)
+                        found[collection_of(type(leaf)), (*path, *names)] = leaf
         return found
 
     def bind(self, path: Path, slot: int) -> None:
@@ -144,7 +146,7 @@ def add_variables(region: Region, builder: Builder, variables: Mapping[str, Any]
             if not value:
                 builder.empty.append((collection, *path))
             for name, below in value.items():
-                walk(collection, (*path, name), below)
+                walk(collection, (*path, as_key(name)), below)
             return
         slot = _slot(collection, path, value, region.encode)
         made[at] = builder.add_slot(slot)

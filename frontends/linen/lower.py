@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,13 +20,16 @@ from linsey.frontends.linen.build import Region, add_variables
 from linsey.frontends.linen.observe import Observer, observing
 from linsey.ir import (
     Graph,
+    Host,
     LoweringError,
     Path,
     Slot,
     Source,
     Values,
     ValuesError,
+    as_key,
     format_path,
+    is_host,
     slot_index,
 )
 
@@ -40,24 +44,38 @@ def lower(request: Request) -> Lowered:
         LoweringError: the module or the sample inputs are not fit for it, with the path.
         ValuesError: the given variables are not those of the module.
     """
+    if is_host(request.source):
+        return _lower_host(request.source, request)
     module = _checked(request.source, request)
     keys = _trees.key_dict(0 if request.rngs is None else request.rngs)
     arguments = _trees.Arguments.split(request.args, request.kwargs)
     observer = Observer()
 
+    kept: list[Any] = []
+
     def init(keys: dict[str, Any], dynamic: tuple[Any, ...]) -> Any:
         args, kwargs = arguments.merge(dynamic)
-        return module.init_with_output(keys, *args, method=request.method, **kwargs)
+        kept.append(module.init(keys, *args, method=request.method, **kwargs))
+        return ()
 
     try:
         with observing(observer):
-            _, variables = jax.eval_shape(init, keys, arguments.dynamic)
+            jax.eval_shape(init, keys, arguments.dynamic)
     except Exception as error:
         raise _explained(error, observer, keys) from error
-    graph = _graph(module, observer, variables, given=request.variables)
+    graph = _graph(module, observer, kept[0], given=request.variables)
     values = None if request.variables is None else read(graph, request.variables)
     concrete = _initialiser(module, request, arguments, graph, watched=bool(observer.nested))
     return Lowered(graph=graph, values=values, init=concrete)
+
+
+def _lower_host(host: Host, request: Request) -> Lowered:
+    """Lowers a Linen module that linsey emitted: it is the graph that it was emitted from."""
+    parts = host.linsey_parts()
+    graph = parts.graph
+    if request.variables is None:
+        return Lowered(graph=graph)
+    return Lowered(graph=graph, values=read(graph, request.variables, parts.places))
 
 
 def _checked(module: Any, request: Request) -> linen.Module:
@@ -139,14 +157,26 @@ def _take_boxes(builder: Builder, given: Any, encode: Any) -> None:
 
 def _get(tree: Any, path: Path) -> Any:
     for name in path:
-        if not isinstance(tree, Mapping) or name not in tree:
+        if not isinstance(tree, Mapping):
             return _MISSING
+        if name not in tree:
+            named = {as_key(key): key for key in tree}
+            if name not in named:
+                return _MISSING
+            name = named[name]
         tree = tree[name]
     return tree
 
 
-def read(graph: Graph, variables: Any) -> Values:
+def read(
+    graph: Graph, variables: Any, places: Mapping[int, Path] = MappingProxyType({})
+) -> Values:
     """Reads the values of a graph from Linen variables.
+
+    Args:
+        graph: the structure.
+        variables: a dict of collections.
+        places: where each slot's variable lies, where that is not the slot's own path.
 
     Raises:
         ValuesError: with every slot that is missing, extra, or of another shape or dtype.
@@ -158,8 +188,8 @@ def read(graph: Graph, variables: Any) -> Values:
             fix="Pass what `module.init` returned.",
         )
     problems, arrays = [], []
-    for slot in graph.slots:
-        value = _get(variables, (slot.collection, *slot.path))
+    for number, slot in enumerate(graph.slots):
+        value = _get(variables, places.get(number, (slot.collection, *slot.path)))
         if value is _MISSING:
             if is_derived(slot):
                 arrays.append(placeholder(slot))
@@ -174,7 +204,7 @@ def read(graph: Graph, variables: Any) -> Values:
         if str(found) != str(slot.type):
             problems.append(f"{slot.key}: found {found}, expected {slot.type}")
         arrays.append(unboxed(value))
-    problems.extend(_extra(graph, variables))
+    problems.extend(_extra(graph, variables, places))
     if problems:
         raise ValuesError(
             f"the variables are not those of the module, {len(problems)} differ:\n  "
@@ -185,8 +215,9 @@ def read(graph: Graph, variables: Any) -> Values:
     return Values(slot_index(graph), tuple(arrays))
 
 
-def _extra(graph: Graph, variables: Mapping[str, Any]) -> list[str]:
+def _extra(graph: Graph, variables: Any, places: Mapping[int, Path]) -> list[str]:
     known = {(slot.collection, *path) for slot in graph.slots for path in slot.paths}
+    known.update(places.values())
     found: list[str] = []
 
     def walk(path: Path, tree: Any) -> None:
@@ -194,7 +225,7 @@ def _extra(graph: Graph, variables: Mapping[str, Any]) -> list[str]:
             return
         if isinstance(tree, Mapping):
             for name, below in tree.items():
-                walk((*path, name), below)
+                walk((*path, as_key(name)), below)
         else:
             found.append(f"{format_path(path)}: not a variable of this module")
 

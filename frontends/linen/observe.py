@@ -58,14 +58,17 @@ class StackBox(struct.PyTreeNode, meta.AxisMetadata[Any]):  # type: ignore[misc]
         return change(self.value) if isinstance(self.value, meta.AxisMetadata) else self.value
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> StackBox:
+        # `nn.add_metadata_axis` names an axis that no array gets: then there is no owner.
+        added = (index, params.get(meta.PARTITION_NAME), params.get(StackBox))
         return self.replace(  # type: ignore[no-any-return, attr-defined]
             value=self._inner(lambda box: box.add_axis(index, params)),
-            stack=((index, params.get(meta.PARTITION_NAME), params[StackBox]), *self.stack),
+            stack=self.stack if added[2] is None else (added, *self.stack),
         )
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> StackBox:
         return self.replace(  # type: ignore[no-any-return, attr-defined]
-            value=self._inner(lambda box: box.remove_axis(index, params)), stack=self.stack[1:]
+            value=self._inner(lambda box: box.remove_axis(index, params)),
+            stack=self.stack[1:] if StackBox in params else self.stack,
         )
 
 
@@ -102,7 +105,11 @@ class Observer(_private.Watcher):
             tree,
             is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata),
         )
-        return boxed, {**params, StackBox: self._active[-1] if self._active else ()}
+        return boxed, self.mark_axis(params)
+
+    def mark_axis(self, params: dict[Any, Any]) -> dict[Any, Any]:
+        inside = self._inside[-1] if self._inside else self
+        return {**params, StackBox: inside._active[-1] if inside._active else ()}
 
     def call_to_nnx(self, wrapper: Any, run: Callable[[], Any]) -> Any:
         inner = Observer()

@@ -17,14 +17,20 @@ from linsey.frontends._builder import Builder, Draft
 from linsey.frontends._encode import FlaxEncoder, collection_of, nnx_variable
 from linsey.ir import (
     Const,
+    Graph,
+    Host,
+    Key,
     LoweringError,
     Path,
     Sequence,
     Slot,
     Source,
     Wrapper,
+    as_key,
+    decode,
     encode,
     format_path,
+    is_host,
 )
 
 STATE = "_pytree__state"
@@ -33,6 +39,8 @@ TREE = "_pytree__def"
 """Attribute under which a plain pytree's definition is stored."""
 KEYS = "_pytree__keys"
 """Attribute under which the order of a plain pytree's children is stored."""
+NAMES = "_pytree__names"
+"""Attribute under which a dict's keys that are neither str nor int are stored, by their names."""
 _MAX_ALIASES = 8
 
 SlotOf = Callable[[nnx.Variable[Any], Path], int | None]
@@ -89,8 +97,8 @@ class Walker:
             self._nodes[id(obj)] = (obj, number, path)
         if isinstance(obj, bridge.ToNNX):
             self._linen(obj, path, number)
-        elif hasattr(type(obj), "linsey_lower"):
-            obj.linsey_lower(self, path, number)
+        elif is_host(obj):
+            self._host(obj, path, number)
         else:
             self._fill(obj, impl, path, number)
         return number
@@ -104,22 +112,20 @@ class Walker:
         if isinstance(metadata, _private.IndexesPytreeDef):
             order = sorted(metadata.key_index, key=lambda key: metadata.key_index[key])
             draft.attrs.append((TREE, _trees.template(metadata.treedef)))
-            keys = Sequence(kind="tuple", items=tuple(Const(key) for key in order))
+            keys = Sequence(kind="tuple", items=tuple(Const(as_key(key)) for key in order))
             draft.attrs.append((KEYS, keys))
+        odd = [key for key, _ in items if type(key) not in (str, int)]
+        if odd and not isinstance(metadata, _private.IndexesPytreeDef):
+            named = {as_key(key): key for key in odd}
+            draft.attrs.append((NAMES, self.encode(named)))
         for key, value in items:
-            self._item(draft, key, value, (*path, key))
+            self._item(draft, as_key(key), value, (*path, as_key(key)))
         if isinstance(obj, nnx.RngStream):
             held = dict(draft.slots)
             if {"key", "count"} <= held.keys():
                 self._builder.counted_stream(draft, str(obj.tag), held["key"], held["count"])
 
-    def _item(self, draft: Draft, key: Any, value: Any, path: Path) -> None:
-        if not isinstance(key, str | int) or isinstance(key, bool):
-            raise LoweringError(
-                f"found the key {key!r} of type {type(key).__name__}, expected a str or an int",
-                path=format_path(path[:-1]),
-                fix="Rename it in the source: a variable's path is made of names and indices.",
-            )
+    def _item(self, draft: Draft, key: Key, value: Any, path: Path) -> None:
         is_data: bool | None = None
         if isinstance(value, _private.DataElem | _private.StaticElem):
             is_data = isinstance(value, _private.DataElem)
@@ -142,13 +148,13 @@ class Walker:
         if known is not None:
             self._add_path(known[1], path)
             return known[1]
-        value = variable.get_raw_value()
-        if getattr(variable, "ref", False):
+        if variable.get_metadata("ref", False) or variable.get_metadata("hijax", False):
             raise LoweringError(
-                "found a Variable that holds a mutable reference",
+                "found a Variable that holds a mutable reference or a hijax value",
                 path=format_path(path),
-                fix="Construct the model without nnx.var_defaults(ref=True).",
+                fix="Construct the model without ref=True and hijax=True.",
             )
+        value = variable.get_raw_value()
         number = self._slot_of(variable, path[len(self._start) :]) if self._slot_of else None
         try:
             slot = nnx_variable(variable, (path,), self.encode)
@@ -223,6 +229,69 @@ class Walker:
             if (collection_of(type(variable)), below) not in inner:
                 region.bind(below, slot)
         region.add_nnx(lambda collection, below: slots.get((collection, below)))
+
+    def _host(self, host: Host, path: Path, number: int) -> None:
+        """Adds the node that an emitted module was emitted from, as it is now."""
+        parts = host.linsey_parts()
+        was = parts.graph.nodes[parts.node]
+        draft = self._builder.nodes[number]
+        draft.op, draft.source = was.op, was.source
+        draft.attrs = list(was.attrs)
+        draft.signatures = list(was.signatures)
+        for name, index in was.streams:
+            use = parts.graph.streams[index].use
+            self._builder.path_stream(draft, name, at_call=use == "call")
+        indices = {(parts.graph.slots[slot].collection, name): slot for name, slot in was.slots}
+        for (collection, name), variable in parts.variables.items():
+            slot = self._variable(variable, (*path, name))
+            self._restore(slot, parts.graph.slots[indices[collection, name]], variable)
+            draft.slots.append((name, slot))
+        known = dict(was.children)
+        for name, child in parts.children.items():
+            draft.children[name] = self._node(child, (*path, name))
+            if not is_host(child) and name in known:
+                self._restore_below(draft.children[name], parts.graph, known[name])
+        if parts.own:
+            own = Draft()
+            for name, value in parts.own.items():
+                self._item(own, name, value, (*path, name))
+            draft.wrapper = Wrapper(
+                cls=self.encode(type(host)),
+                children=tuple(own.children.items()),
+                slots=tuple(own.slots),
+            )
+
+    def _restore(self, number: int, was: Slot, variable: nnx.Variable[Any]) -> None:
+        """Gives a slot back what an NNX Variable does not carry: its Linen box and stack."""
+        now = self._builder.slots[number]
+        names = variable.get_metadata("out_sharding", None)
+        same = was.partition is None or names == decode(was.partition.spec)
+        self._builder.slots[number] = dataclasses.replace(
+            now,
+            collection=was.collection,
+            kind=was.kind,
+            stack=was.stack,
+            metadata=was.metadata,
+            partition=was.partition if same else now.partition,
+            lifetime=was.lifetime,
+            box=was.box,
+        )
+
+    def _restore_below(self, number: int, graph: Graph, was: int) -> None:
+        """The same for an NNX child, and all below it that is still there."""
+        draft, node = self._builder.nodes[number], graph.nodes[was]
+        before = dict(node.slots)
+        for name, slot in draft.slots:
+            if name in before:
+                now, old = self._builder.slots[slot], graph.slots[before[name]]
+                self._builder.slots[slot] = dataclasses.replace(
+                    now, box=old.box, stack=old.stack, lifetime=old.lifetime
+                )
+        children = dict(node.children)
+        draft.wrapper = node.wrapper
+        for name, child in draft.children.items():
+            if name in children:
+                self._restore_below(child, graph, children[name])
 
     def _alias(self, number: int, first: Path, path: Path) -> None:
         """Notes that a node, and so every slot below it, is also found at another path."""

@@ -15,9 +15,12 @@ from linsey.frontends import _private
 from linsey.frontends._builder import Builder
 from linsey.frontends._record import Lowered, Request
 from linsey.frontends.linen.build import signature
+from linsey.frontends.linen.lower import placeholder
 from linsey.frontends.linen.observe import Call, Observer, observing
 from linsey.frontends.nnx.build import Walker
 from linsey.ir import Graph, LoweringError, Values, slot_index
+
+_NO_VALUE = object()
 
 
 def lower(request: Request) -> Lowered:
@@ -250,13 +253,16 @@ def _walk(
         signature(call, walker.encode) for call in calls.values()
     )
     graph = builder.finish()
-    return graph, [walker.values.get(number) for number in range(len(graph.slots))]
+    return graph, [walker.values.get(number, _NO_VALUE) for number in range(len(graph.slots))]
 
 
 def _concrete(graph: Graph, arrays: list[Any]) -> Values | None:
     """The values, or None when the model is abstract."""
-    leaves = jax.tree.leaves(arrays, is_leaf=lambda leaf: leaf is None)
-    if any(leaf is None or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+    arrays = [
+        placeholder(slot) if value is _NO_VALUE else value
+        for slot, value in zip(graph.slots, arrays, strict=True)
+    ]
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arrays)):
         return None
     return Values(slot_index(graph), tuple(arrays))
 
