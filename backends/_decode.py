@@ -51,6 +51,14 @@ def is_derived(slot: Slot) -> bool:
     return slot.lifetime == "ephemeral" and slot.collection in RNG_COLLECTIONS
 
 
+def placeholder(slot: Slot) -> Any:
+    """A value for derived PRNG state that no call has derived yet."""
+    assert not isinstance(slot.type, TreeType)
+    if slot.collection == "RngCount":
+        return jax.numpy.zeros(slot.type.shape, jax.numpy.uint32)
+    return jax.numpy.broadcast_to(jax.random.key(0), slot.type.shape)
+
+
 def boxed(slot: Slot, value: Any, names: Any = None) -> Any:
     """A value in its Linen box, or as it is when it has none.
 
@@ -126,8 +134,12 @@ def linen_module(graph: Graph, number: int) -> linen.Module:
         if index not in made:
             node = graph.nodes[index]
             assert node.source is not None
-            fields = {str(key): value(attr) for key, attr in node.attrs}
-            made[index] = value(node.source.cls)(**fields)
+            # An NNX module stands in Linen code as the ToLinen around it.
+            held = node.source if node.source.dialect == "linen" else node.wrapper
+            assert held is not None
+            attrs = node.attrs if held is node.source else node.wrapper.attrs  # type: ignore[union-attr]
+            fields = {str(key): value(attr) for key, attr in attrs}
+            made[index] = value(held.cls)(**fields)
         return made[index]
 
     value = Decoder(node=module)

@@ -53,7 +53,7 @@ def build(size: int) -> Graph:
 
 
 def check(size: int) -> None:
-    """Two graphs made alike are equal and hash alike, and the verifier still finds what is wrong."""
+    """Equal graphs hash alike, and the verifier still finds what is wrong."""
     first, second = build(size), build(size)
     assert not problems(first)
     assert first == second

@@ -144,4 +144,4 @@ def bench_lowering(benchmark: Any, name: str) -> None:
 
 
 if __name__ == "__main__":
-    harness.run("linsey.lower against jax.eval_shape(module.init)", CASES, rounds=7)
+    harness.run("linsey.lower against jax.eval_shape(module.init)", CASES, rounds=21)

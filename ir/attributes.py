@@ -274,6 +274,7 @@ class Encoder:
     def __init__(self, special: Callable[[Any], AttrValue | None] = lambda obj: None) -> None:
         self._special = special
         self._shared: dict[int, tuple[Any, int]] = {}
+        self._closures: dict[int, tuple[Any, Call | None]] = {}
 
     def __call__(self, obj: Any, depth: int = 0) -> AttrValue:
         """Encodes one object; what cannot be data becomes `Live`."""
@@ -315,7 +316,10 @@ class Encoder:
             encoded = tuple((name, again(value)) for name, value in fields)
             return Instance(cls=again(type(obj)), fields=encoded, share=self._share(obj), live=obj)
         if isinstance(obj, types.FunctionType):
-            made = _closure_call(obj, again)
+            # Layers share their default initialisers: each is recognised once.
+            if id(obj) not in self._closures:
+                self._closures[id(obj)] = (obj, _closure_call(obj, again))
+            made = self._closures[id(obj)][1]
             if made is not None:
                 return made
         return _live_value(obj, self, depth)

@@ -12,8 +12,8 @@ from linsey.backends._record import Called
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.host import NNXHost, linen_places
 from linsey.backends.linen.region import Region
-from linsey.backends.nnx.host import is_hosted
-from linsey.ir import Graph, Values
+from linsey.backends.nnx.build import is_hosted
+from linsey.ir import Graph, Node, Values, decode
 
 
 def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, Any]]:
@@ -22,7 +22,7 @@ def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, A
         list(map(abstract_value, graph.slots)) if values is None else values.arrays
     )
     spec = HostSpec(graph, graph.root)
-    if is_hosted(spec.entry):
+    if is_linen(spec.entry):
         region = Region(spec)
         variables = region.assemble(lambda slot: boxed(graph.slots[slot], arrays[slot]))
         return linen_module(graph, graph.root), variables
@@ -37,6 +37,12 @@ def _variables(spec: HostSpec, arrays: Sequence[Any]) -> dict[str, Any]:
             holder = holder.setdefault(name, {})
         holder[path[-1]] = emitted_box(spec.graph.slots[slot], arrays[slot])
     return variables
+
+
+def is_linen(node: Node) -> bool:
+    """Whether a root stands in Linen's world: Linen code, or an NNX module in a ToLinen."""
+    wrapped = node.wrapper is not None and issubclass(decode(node.wrapper.cls), linen.Module)
+    return wrapped or is_hosted(node)
 
 
 class LinenRunner:

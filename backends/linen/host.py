@@ -6,11 +6,10 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import linen
 from flax.core import meta
 
-from linsey.backends._decode import RNG_COLLECTIONS
+from linsey.backends._decode import RNG_COLLECTIONS, placeholder
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state, override_streams
@@ -74,7 +73,7 @@ class NNXHost(linen.Module):
                     if entry.collection in RNG_COLLECTIONS:
                         after[slot] = values[slot]
             self._store(values, after)
-            self._store_new(new_state(module, _known(self.spec)))
+            self._store_new(new_state(plan, module, _known(self.spec)))
         return output
 
     @linen.nowrap
@@ -93,7 +92,7 @@ class NNXHost(linen.Module):
                 value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
             if value is _MISSING:
                 if optional and collection in RNG_COLLECTIONS:
-                    values[slot] = _empty_stream(slots[slot].collection, slots[slot].type)
+                    values[slot] = placeholder(slots[slot])
                     continue
                 raise EmitError(
                     "the variable is missing",
@@ -171,8 +170,3 @@ def _with(tree: Any, path: Path, value: Any) -> Any:
         return {**tree, path[0]: _with(tree[path[0]], path[1:], value)}
     return tree.replace_boxed(value) if isinstance(tree, meta.AxisMetadata) else value
 
-
-def _empty_stream(collection: str, kind: Any) -> Any:
-    if collection == "RngCount":
-        return jax.numpy.zeros(kind.shape, jax.numpy.uint32)
-    return jax.numpy.broadcast_to(jax.random.key(0), kind.shape)

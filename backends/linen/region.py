@@ -21,6 +21,7 @@ from linsey.backends._decode import (
     RNG_COLLECTIONS,
     is_derived,
     linen_module,
+    placeholder,
     unboxed,
 )
 from linsey.backends._spec import HostSpec
@@ -199,13 +200,12 @@ def _nnx_nodes(spec: HostSpec) -> list[tuple[tuple[str, ...], int]]:
     found: list[tuple[tuple[str, ...], int]] = []
 
     def walk(number: int, path: tuple[str, ...]) -> None:
-        for name, child in spec.graph.nodes[number].children:
-            node = spec.graph.nodes[child]
-            below = (*path, str(name))
-            if node.source is not None and node.source.dialect != "linen":
-                found.append((below, child))
-            else:
-                walk(child, below)
+        node = spec.graph.nodes[number]
+        if node.source is not None and node.source.dialect != "linen":
+            found.append((path, number))
+            return
+        for name, child in node.children:
+            walk(child, (*path, str(name)))
 
     walk(spec.node, ())
     return found
@@ -249,6 +249,7 @@ class Inner:
             made = self._plan.build(values)
         else:
             made = rebuild(live, {path: values[slot] for slot, path in self._plan.slots.items()})
+        checked = [slot for slot in missing if not self._drop_stream(made, slot)]
         method = kwargs.pop("nnx_method", None)
         if method is None or isinstance(method, str):
             method = getattr(type(made), method or "__call__")
@@ -258,9 +259,9 @@ class Inner:
             output = method(made, *args, **kwargs)
         finally:
             _running.stack = previous
-        if missing:
+        if checked:
             after = {path: leaf.get_raw_value() for path, leaf in _rng_leaves(made)}
-            for slot in missing:
+            for slot in checked:
                 if after.get(self._plan.slots[slot]) is not values[slot]:
                     raise EmitError(
                         "the NNX module drew a key, and no PRNG stream was given for it",
@@ -270,6 +271,23 @@ class Inner:
         if module.scope is not None and module.scope.mutable is not False:
             _private.store_variables(module, made)
         return output
+
+    def _drop_stream(self, made: Any, slot: int) -> bool:
+        """Takes a stream that nobody gave away from the ToNNX that holds it.
+
+        A ToNNX draws from all its streams at every call; without it, the Linen code inside says
+        itself when it needs one.
+        """
+        path = self._plan.slots[slot]
+        if "to_nnx__rngs" not in path:
+            return False
+        holder: Any = made
+        for name in path[:-2]:
+            is_item = isinstance(holder, list | tuple | dict | nnx.List | nnx.Dict)
+            holder = holder[name] if is_item else getattr(holder, str(name))
+        if path[-2] in vars(holder):
+            delattr(holder, str(path[-2]))
+        return True
 
     def _variable(self, module: bridge.ToLinen, slot: int, path: Path) -> Any:
         collection = self._graph.slots[slot].collection
@@ -300,7 +318,12 @@ class Inner:
         state = self._keys[1](keys)
         missing = []
         for slot, path in self._derived:
-            values[slot] = state[path]
+            # Which streams an nnx.Rngs has follows from those that the call brings.
+            found = state.get(path, state.get((*path[:-2], "default", path[-1])))
+            values[slot] = placeholder(self._graph.slots[slot]) if found is None else found
+            if found is None or path not in state:
+                missing.append(slot)
+                continue
             tag = dict(self._graph.slots[slot].metadata).get("tag")
             is_default = tag is not None and getattr(tag, "value", None) == "default"
             is_count = self._graph.slots[slot].collection == "RngCount"

@@ -6,7 +6,7 @@ called in, with no constructor and no flattening.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -14,6 +14,7 @@ from flax import nnx
 from linsey import _trees
 from linsey.backends import _private
 from linsey.backends._decode import kind_of, linen_module, metadata_of
+from linsey.backends._spec import HostSpec
 from linsey.ir import (
     EmitError,
     Graph,
@@ -22,6 +23,7 @@ from linsey.ir import (
     Path,
     Sequence as SequenceAttr,
     Template,
+    as_key,
     decode,
     format_path,
 )
@@ -59,19 +61,11 @@ class Plan:
     Args:
         graph: the graph.
         root: the node.
-        host: builds a Linen node that no wrapper of the source holds, from its number, path and the
-            slots' values; None where there is no such node.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        root: int,
-        host: Callable[[Plan, int, Sequence[Any]], Any] | None = None,
-    ) -> None:
+    def __init__(self, graph: Graph, root: int) -> None:
         self.graph = graph
         self.root = root
-        self._host = host
         self._entries: dict[int, _Entry] = {}
         self._kinds: dict[int, tuple[type[nnx.Variable[Any]], dict[str, Any]]] = {}
         self.slots: dict[int, Path] = {}
@@ -82,14 +76,14 @@ class Plan:
         if number in self._entries:
             return
         node = self.graph.nodes[number]
-        if node.source is None or node.source.dialect == "linen":
-            if node.wrapper is None or number == self.root:
-                return
         entry = self._entries[number] = _Entry()
-        if node.source is not None and node.source.dialect == "linen":
-            self._prepare_wrapper(entry, number, node, path)
+        if is_hosted(node):
+            self._prepare_host(entry, number, node, path)
             return
         assert node.source is not None
+        if node.source.dialect == "linen":
+            self._prepare_wrapper(entry, number, node, path)
+            return
         entry.cls = decode(node.source.cls)
         impl = _private.get_node_impl_for_type(entry.cls)
         entry.is_object = isinstance(impl, _private.GraphNodeImpl)
@@ -107,6 +101,29 @@ class Plan:
             else:
                 entry.items.append((name, _STATIC, decode(value)))
         self._prepare_held(entry, node.children, node.slots, path, real_keys(node))
+
+    def _prepare_host(self, entry: _Entry, number: int, node: Node, path: Path) -> None:
+        """Linen code that no wrapper of the source holds: a LinenHost."""
+        from linsey.backends.nnx.host import SPEC, LinenHost, names_of  # builds on this file
+
+        spec = HostSpec(self.graph, number)
+        names = names_of(spec)
+        entry.cls = LinenHost
+        entry.items.append((SPEC, _STATIC, spec))
+        entry.state = (False, False)
+        for name, slot in node.slots:
+            attribute = names[self.graph.slots[slot].collection, name]
+            entry.items.append((attribute, self._slot(slot, (*path, attribute)), slot))
+        for name, child in node.children:
+            attribute = names[None, name]
+            entry.items.append((attribute, _CHILD, child))
+            self._prepare(child, (*path, attribute))
+        if node.wrapper is not None:  # streams, and state that calls made
+            self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path, {})
+        is_data = {str(attribute): kind != _STATIC for attribute, kind, _ in entry.items}
+        nodes = LinenHost._pytree__nodes.update(is_data)
+        entry.items.append(("_pytree__nodes", _STATIC, nodes))
+        entry.items.sort(key=lambda item: _order(item[0]))
 
     def _prepare_held(
         self,
@@ -166,16 +183,7 @@ class Plan:
     ) -> Any:
         if number in made:
             return made[number]
-        entry = self._entries.get(number)
-        if entry is None:
-            if self._host is None:
-                raise EmitError(
-                    "a Linen module stands where an NNX module holds it without a wrapper",
-                    path=format_path(self.graph.slots[0].path if self.graph.slots else ()),
-                    fix="Emit the whole graph with program.emit('nnx').",
-                )
-            made[number] = self._host(self, number, values)
-            return made[number]
+        entry = self._entries[number]
         if entry.tree is not None:
             parts = {
                 name: item if kind == _STATIC else self._item(kind, item, values, made, variables)
@@ -250,6 +258,34 @@ class Plan:
         self._read(self.root, obj, out, set(), ())
         return out
 
+    def has_grown(self, obj: Any) -> bool:
+        """Whether any of the objects has attributes that it was not built with."""
+        seen: set[int] = set()
+
+        def grown(number: int, obj: Any) -> bool:
+            if number in seen:
+                return False
+            seen.add(number)
+            entry = self._entries[number]
+            if entry.tree is not None or not entry.is_object:
+                impl = _private.get_node_impl(obj)
+                parts: Any = impl.node_dict(obj) if impl is not None else {}
+                count = len(entry.items)
+            else:
+                parts = vars(obj)
+                tops = {below[0] for below, _ in entry.linen}
+                count = len(entry.items) + len(tops) + (entry.state is not None)
+            if len(parts) != count:
+                return True
+            text = entry.is_object and entry.tree is None
+            return any(
+                grown(item, parts[str(name) if text else name])
+                for name, kind, item in entry.items
+                if kind == _CHILD
+            )
+
+        return grown(self.root, obj)
+
     def _read(self, number: int, obj: Any, out: list[Any], seen: set[int], path: Path) -> None:
         if number in seen:
             return
@@ -267,8 +303,7 @@ class Plan:
                 raise _changed(where, "is gone")
             value = parts[key]
             if kind == _CHILD:
-                if item in self._entries:
-                    self._read(item, value, out, seen, where)
+                self._read(item, value, out, seen, where)
             elif kind == _STATIC:
                 if name in _BOOKKEEPING:
                     continue
@@ -285,6 +320,13 @@ class Plan:
             for name in below:
                 holder = holder[name]
             out[slot] = holder.get_raw_value()
+
+
+def is_hosted(node: Node) -> bool:
+    """Whether a node is Linen code that no wrapper of the source holds: it becomes a LinenHost."""
+    if node.source is not None and node.source.dialect != "linen":
+        return False
+    return node.wrapper is None or hasattr(decode(node.wrapper.cls), "linsey_parts")
 
 
 def real_keys(node: Node) -> Mapping[Key, Any]:
@@ -318,10 +360,16 @@ def _changed(path: Path, what: str) -> EmitError:
 def linen_slots(graph: Graph, root: int) -> list[tuple[Path, int]]:
     """The variables of a Linen module: path below it, and slot, NNX modules inside included.
 
-    The path is that of the source: it holds the keys of dicts as they are.
+    The path is that of the source: it holds the keys of dicts as they are. A tied variable is here
+    once, by its canonical path.
     """
-    found: list[tuple[Path, int]] = []
+    found: dict[int, Path] = {}
     seen: set[int] = set()
+
+    def add(slot: int, path: Path) -> None:
+        canonical = graph.slots[slot].path
+        if slot not in found or canonical[-len(path) :] == tuple(map(as_key, path)):
+            found[slot] = path
 
     def walk(number: int, path: Path) -> None:
         if number in seen:
@@ -329,13 +377,13 @@ def linen_slots(graph: Graph, root: int) -> list[tuple[Path, int]]:
         seen.add(number)
         node = graph.nodes[number]
         names = real_keys(node)
-        found.extend(((*path, names.get(name, name)), slot) for name, slot in node.slots)
+        for name, slot in node.slots:
+            add(slot, (*path, names.get(name, name)))
         for name, child in node.children:
             walk(child, (*path, names.get(name, name)))
 
     walk(root, ())
-    return found
-
+    return [(path, slot) for slot, path in found.items()]
 
 
 def rebuild(module: Any, values: Mapping[Path, Any]) -> Any:

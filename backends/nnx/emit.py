@@ -8,13 +8,12 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.core.scope import in_filter
+from flax.nnx import bridge
 
 from linsey.backends._decode import abstract_value
 from linsey.backends._record import Called
-from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan
-from linsey.backends.nnx.host import build_node
-from linsey.ir import EmitError, Graph, Path, Stream, Values
+from linsey.ir import EmitError, Graph, Path, Stream, Values, decode, describe
 
 
 def build(graph: Graph, values: Values | None) -> Any:
@@ -23,11 +22,27 @@ def build(graph: Graph, values: Values | None) -> Any:
     Args:
         graph: the structure.
         values: its values; None builds an abstract module.
+
+    Raises:
+        EmitError: the root is a subclass of ToLinen with a call of its own.
     """
+    wrapper = graph.nodes[graph.root].wrapper
+    if wrapper is not None and overrides_call(decode(wrapper.cls)):
+        raise EmitError(
+            f"{describe(wrapper.cls)} changes what ToLinen does in a call; the NNX module alone"
+            " would give other numbers",
+            path=describe(wrapper.cls),
+            fix="Move what its __call__ does into the NNX module, or into a Linen module around it.",
+        )
     arrays: Sequence[Any] = (
         list(map(abstract_value, graph.slots)) if values is None else values.arrays
     )
-    return build_node(HostSpec(graph, graph.root), graph.root, arrays)
+    return Plan(graph, graph.root).build(arrays)
+
+
+def overrides_call(cls: type) -> bool:
+    """Whether a class is a ToLinen with a call of its own."""
+    return issubclass(cls, bridge.ToLinen) and cls.__call__ is not bridge.ToLinen.__call__
 
 
 def emit(graph: Graph, values: Values | None) -> tuple[Any, Any]:
@@ -78,9 +93,17 @@ def _typed(key: Any) -> Any:
     return key if is_typed else jax.random.wrap_key_data(key)
 
 
-def new_state(module: Any, known: set[Path]) -> dict[str, Any]:
-    """The Variables that a call made, as nested dicts by collection."""
+def new_state(plan: Plan, module: Any, known: set[Path]) -> dict[str, Any]:
+    """The Variables that a call made, as nested dicts by collection.
+
+    Args:
+        plan: what the module was built by.
+        module: the module.
+        known: the paths of the graph's slots.
+    """
     extra: dict[str, Any] = {}
+    if not plan.has_grown(module):
+        return extra
     for path, leaf in nnx.to_flat_state(nnx.state(module)):
         if path in known or not isinstance(leaf, nnx.Variable):
             continue
@@ -134,7 +157,7 @@ class NNXRunner:
                 new if _allows(mutable, slot.collection) else old
                 for slot, old, new in zip(self._graph.slots, arrays, after, strict=True)
             ]
-        return Called(output=output, arrays=after, extra=new_state(module, self._known))
+        return Called(output=output, arrays=after, extra=new_state(self._plan, module, self._known))
 
 
 def _allows(mutable: Any, collection: str) -> bool:

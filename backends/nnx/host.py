@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flax import linen, nnx
 
 from linsey import _trees
-from linsey.backends import _private
-from linsey.backends._decode import boxed, kind_of, metadata_of, unboxed
+from linsey.backends._decode import boxed, unboxed
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.region import Region
 from linsey.backends.nnx.build import Plan
-from linsey.ir import EmitError, HostParts, Key, Node, Path, decode, format_path, node_paths
+from linsey.ir import EmitError, HostParts, Key, Path, decode, format_path, node_paths
 
-_SPEC = "linsey_spec"
+SPEC = "linsey_spec"
 _RNGS = "rngs"
 
 
@@ -41,7 +40,7 @@ class LinenHost(nnx.Module):
         return self._run(None, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        spec = vars(self).get(_SPEC)
+        spec = vars(self).get(SPEC)
         if spec is not None and not name.startswith("__"):
             method = getattr(_linen_class(spec), name, None)
             if callable(method):
@@ -52,7 +51,7 @@ class LinenHost(nnx.Module):
         )
 
     def _describe(self) -> str:
-        spec = vars(self).get(_SPEC)
+        spec = vars(self).get(SPEC)
         return "LinenHost" if spec is None else str(_linen_class(spec).__name__)
 
     def linsey_call(
@@ -135,7 +134,7 @@ class LinenHost(nnx.Module):
         for name in path:
             if not isinstance(value, LinenHost):
                 return None
-            attribute = _names_of(value.linsey_spec).get((None, name))
+            attribute = names_of(value.linsey_spec).get((None, name))
             value = None if attribute is None else getattr(value, attribute, None)
         return value
 
@@ -163,7 +162,7 @@ class LinenHost(nnx.Module):
     def linsey_parts(self) -> HostParts:
         """What a frontend sees of it."""
         spec = self.linsey_spec
-        names = _names_of(spec)
+        names = names_of(spec)
         attributes = vars(self)
         shown = {attribute: place for place, attribute in names.items()}
         children: dict[Key, Any] = {}
@@ -176,7 +175,7 @@ class LinenHost(nnx.Module):
         own = {
             name: value
             for name, value in attributes.items()
-            if name not in shown and name != _SPEC and not name.startswith("_pytree__")
+            if name not in shown and name != SPEC and not name.startswith("_pytree__")
         }
         return HostParts(
             graph=spec.graph, node=spec.node, children=children, variables=variables, own=own
@@ -243,7 +242,7 @@ def _node_path(spec: HostSpec) -> Path:
 
 
 def _is_reserved(host: LinenHost, name: str) -> bool:
-    return name in (_RNGS, _SPEC) or hasattr(LinenHost, name) or _is_method(host, name)
+    return name in (_RNGS, SPEC) or hasattr(LinenHost, name) or _is_method(host, name)
 
 
 def _is_method(host: LinenHost, name: str) -> bool:
@@ -266,7 +265,7 @@ def attribute_names(spec: HostSpec) -> dict[tuple[str | None, Key], str]:
     slots = [(spec.graph.slots[slot].collection, name) for name, slot in node.slots]
     for collection, name in [*children, *sorted(slots, key=lambda item: item[0] != "params")]:
         plain = str(name)
-        reserved = plain in (_RNGS, _SPEC) or hasattr(LinenHost, plain)
+        reserved = plain in (_RNGS, SPEC) or hasattr(LinenHost, plain)
         is_method = callable(getattr(cls, plain, None)) and plain not in _fields(cls)
         if reserved or is_method or plain in taken or plain.startswith("_pytree__"):
             plain = f"{plain}__{collection or 'module'}"
@@ -279,7 +278,8 @@ def _fields(cls: type) -> set[str]:
     return set(getattr(cls, "__dataclass_fields__", ()))
 
 
-def _names_of(spec: HostSpec) -> dict[tuple[str | None, Key], str]:
+def names_of(spec: HostSpec) -> dict[tuple[str | None, Key], str]:
+    """The attribute of each child and variable of a host; see `attribute_names`."""
     return spec.cached("names", attribute_names)  # type: ignore[no-any-return]
 
 
@@ -289,60 +289,4 @@ def _attribute_paths(region: Region) -> dict[int, tuple[Key, ...]]:
 
 def _find_attributes(spec: HostSpec) -> dict[int, tuple[Key, ...]]:
     """The way from a host to the Variable of each slot, by attributes."""
-    found: dict[int, tuple[Key, ...]] = {}
-    seen: set[int] = set()
-
-    def walk(number: int, path: tuple[Key, ...]) -> None:
-        if number in seen:
-            return
-        seen.add(number)
-        node = spec.graph.nodes[number]
-        if node.source is not None and node.source.dialect != "linen":
-            found.update({s: (*path, *below) for s, below in Plan(spec.graph, number).slots.items()})
-            return
-        names = attribute_names(HostSpec(spec.graph, number))
-        for name, slot in node.slots:
-            found[slot] = (*path, names[spec.graph.slots[slot].collection, name])
-        for name, child in node.children:
-            walk(child, (*path, names[None, name]))
-
-    walk(spec.node, ())
-    return found
-
-
-def build_host(spec: HostSpec, values: Sequence[Any]) -> LinenHost:
-    """Builds the NNX module for a Linen node, and all below it."""
-    host: LinenHost = object.__new__(LinenHost)
-    names = _names_of(spec)
-    node = spec.entry
-    attributes: dict[str, Any] = {_SPEC: spec}
-    for name, number in node.slots:
-        slot = spec.graph.slots[number]
-        variable = kind_of(slot).from_metadata(values[number], metadata_of(slot))
-        attributes[names[slot.collection, name]] = variable
-    for name, child in node.children:
-        attributes[names[None, name]] = build_node(spec, child, values)
-    if node.wrapper is not None:  # streams, and state that calls made
-        for name, child in node.wrapper.children:
-            attributes[str(name)] = build_node(spec, child, values)
-    is_data = {key: key != _SPEC for key in attributes}
-    vars(host).update(dict(sorted(attributes.items())))
-    vars(host)["_pytree__nodes"] = LinenHost._pytree__nodes.update(is_data)
-    vars(host)["_pytree__state"] = _private.PytreeState()
-    return host
-
-
-def is_hosted(node: Node) -> bool:
-    """Whether a node is Linen code that no wrapper of the source holds."""
-    if node.source is None or node.source.dialect == "linen":
-        return node.wrapper is None or decode(node.wrapper.cls) is LinenHost
-    return False
-
-
-def build_node(spec: HostSpec, number: int, values: Sequence[Any]) -> Any:
-    """Builds any node of a graph as an NNX object."""
-    node = spec.graph.nodes[number]
-    if is_hosted(node):
-        return build_host(HostSpec(spec.graph, number), values)
-    return Plan(spec.graph, number).build(values)
-
+    return dict(Plan(spec.graph, spec.node).slots)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import core, errors, linen
+from flax import core, errors, linen, nnx
 
 from linsey import _trees
 from linsey.frontends._builder import Builder, Draft
-from linsey.frontends._encode import FlaxEncoder, linen_variable, unboxed
+from linsey.frontends._encode import unboxed
 from linsey.frontends._record import Lowered, Request
 from linsey.frontends.linen.build import Region, add_variables
 from linsey.frontends.linen.observe import Observer, observing
@@ -27,6 +28,7 @@ from linsey.ir import (
     Source,
     Values,
     ValuesError,
+    Wrapper,
     as_key,
     format_path,
     is_host,
@@ -34,7 +36,6 @@ from linsey.ir import (
 )
 
 _MISSING = object()
-_ENCODE = FlaxEncoder()
 
 
 def lower(request: Request) -> Lowered:
@@ -65,7 +66,7 @@ def lower(request: Request) -> Lowered:
         raise _explained(error, observer, keys) from error
     graph = _graph(module, observer, kept[0], given=request.variables)
     values = None if request.variables is None else read(graph, request.variables)
-    concrete = _initialiser(module, request, arguments, graph, watched=bool(observer.nested))
+    concrete = _initialiser(module, request, arguments, graph)
     return Lowered(graph=graph, values=values, init=concrete)
 
 
@@ -138,10 +139,14 @@ def _graph(module: linen.Module, observer: Observer, variables: Any, given: Any)
     region = Region(builder, root, (), observer)
     whole = region.encode.module(module)
     draft = builder.nodes[root]
-    draft.attrs.extend(whole.fields)
-    draft.source = Source(dialect="linen", cls=whole.cls)
+    is_nnx = () in observer.modules and observer.modules[()].nnx is not None
+    if not is_nnx:
+        draft.attrs.extend(whole.fields)
+        draft.source = Source(dialect="linen", cls=whole.cls)
     region.add_modules()
     add_variables(region, builder, core.unfreeze(variables))
+    if is_nnx:
+        draft.wrapper = Wrapper(cls=whole.cls, attrs=whole.fields)
     if given is not None:
         _take_boxes(builder, given, region.encode)
     return builder.finish()
@@ -197,7 +202,7 @@ def read(
                 problems.append(f"{slot.key}: missing, expected {slot.type}")
             continue
         try:
-            found = linen_variable(value, _ENCODE).type
+            found = _trees.value_type(unboxed(value))
         except TypeError as error:
             problems.append(f"{slot.key}: {error}")
             continue
@@ -255,9 +260,11 @@ def _initialiser(
     request: Request,
     arguments: _trees.Arguments,
     graph: Graph,
-    *,
-    watched: bool,
 ) -> Callable[[Any], Values]:
+    is_mixed = any(map(is_derived, graph.slots)) or any(
+        node.wrapper is not None for node in graph.nodes
+    )
+
     def concrete(leaf: Any) -> Any:
         is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
         return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
@@ -266,14 +273,28 @@ def _initialiser(
         args, kwargs = arguments.merge(tuple(map(concrete, arguments.dynamic)))
         keys = _trees.key_dict(0 if rngs is None else rngs)
         observer = Observer()
+        # Watched only where flax leaves something out: see `Observer`.
+        watched = observing(observer) if is_mixed else contextlib.nullcontext()
         try:
-            if watched:
-                with observing(observer):
-                    variables = module.init(keys, *args, method=request.method, **kwargs)
-            else:
+            with watched:
                 variables = module.init(keys, *args, method=request.method, **kwargs)
         except errors.InvalidRngError as error:
             raise _explained(error, observer, keys) from error
-        return read(graph, core.unfreeze(variables))
+        values = read(graph, core.unfreeze(variables))
+        return values.replace(_derived_values(graph, observer)) if is_mixed else values
 
     return init
+
+
+def _derived_values(graph: Graph, observer: Observer) -> dict[str, Any]:
+    """The PRNG state that NNX modules inside a ToLinen had after a concrete init."""
+    found: dict[Path, Any] = {}
+    for path, seen in observer.modules.items():
+        if seen.nnx is not None:
+            for below, leaf in nnx.to_flat_state(nnx.state(seen.nnx, nnx.RngState)):
+                found[*path, *map(as_key, below)] = leaf.get_raw_value()
+    return {
+        slot.key: found[slot.path]
+        for slot in graph.slots
+        if is_derived(slot) and not isinstance(found.get(slot.path), jax.core.Tracer | NoneType)
+    }

@@ -98,8 +98,8 @@ class Observer(_private.Watcher):
             draws[stream] = draws.get(stream, False) or not initialising
 
     def add_axis(self, tree: Any, params: dict[Any, Any]) -> tuple[Any, dict[Any, Any]]:
-        if self._inside:
-            return self._inside[-1].add_axis(tree, params)
+        if self._inside:  # flax makes Variables of what comes out: no place for a box of ours
+            return tree, params
         boxed = jax.tree.map(
             lambda leaf: leaf if isinstance(leaf, StackBox) else StackBox(value=leaf, stack=()),
             tree,
@@ -108,6 +108,7 @@ class Observer(_private.Watcher):
         return boxed, self.mark_axis(params)
 
     def mark_axis(self, params: dict[Any, Any]) -> dict[Any, Any]:
+        """Adds the owner of a lift to its metadata parameters."""
         inside = self._inside[-1] if self._inside else self
         return {**params, StackBox: inside._active[-1] if inside._active else ()}
 

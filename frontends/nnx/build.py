@@ -219,6 +219,12 @@ class Walker:
             slots=tuple(own.slots),
         )
         observer: Observer = self._nested.get(id(wrapper), (None, Observer()))[1]
+        if observer.nested:
+            raise LoweringError(
+                "found a ToNNX inside a ToLinen inside a ToNNX: flax cannot initialise or call it",
+                path=format_path(path),
+                fix="Hold the inner Linen module without wrappers: pass it to the Linen module above.",
+            )
         region = linen_build.Region(self._builder, number, path, observer)
         region.add_modules()
         inner = region.nnx_variables()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import bridge
 
@@ -15,7 +16,7 @@ from linsey.frontends import _private
 from linsey.frontends._builder import Builder
 from linsey.frontends._record import Lowered, Request
 from linsey.frontends.linen.build import signature
-from linsey.frontends.linen.lower import placeholder
+from linsey.frontends.linen.lower import is_derived, placeholder
 from linsey.frontends.linen.observe import Call, Observer, observing
 from linsey.frontends.nnx.build import Walker
 from linsey.ir import Graph, LoweringError, Values, slot_index
@@ -58,6 +59,7 @@ def _lower_live(request: Request) -> Lowered:
     calls: dict[str, Call] = {}
     if request.args or request.kwargs or request.method:
         model_after, nested, calls = _trace(model, request, lazy=bool(lazy))
+        lazy = lazy if _unready(model_after) != lazy else []
         if lazy:
             model, pairs = model_after, nested
         else:
@@ -76,7 +78,7 @@ def _lower_live(request: Request) -> Lowered:
                 fix="Call init() without them.",
             )
         ready = nnx.clone(request.source)
-        bridge.lazy_init(_method(ready, request.method), *request.args, **request.kwargs)
+        _lazy_init(ready, request)
         return _same(graph, ready)
 
     return Lowered(graph=graph, init=init)
@@ -134,7 +136,7 @@ def lower_factory(request: Request) -> Lowered:
         chosen = request.rngs if rngs is None else rngs
         ready = make(rngs=_rngs(chosen)) if takes_rngs else make()
         if _unready(ready):
-            bridge.lazy_init(_method(ready, request.method), *request.args, **request.kwargs)
+            _lazy_init(ready, request)
         return _same(lowered.graph, ready)
 
     return Lowered(graph=lowered.graph, init=init)
@@ -175,6 +177,22 @@ def _unready(model: Any) -> list[str]:
             # A module without variables looks the same, and may be called as it is.
             found.append("/".join(map(str, path)))
     return found
+
+
+def _lazy_init(model: Any, request: Request) -> None:
+    """Initialises the ToNNX wrappers of a model; watched, so that those inside a ToLinen are too."""
+
+    def concrete(leaf: Any) -> Any:
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
+
+    args, kwargs = jax.tree.map(concrete, (request.args, request.kwargs))
+    with observing(Observer()):
+        _private.set_initializing(model, True)
+        try:
+            _method(model, request.method)(*args, **kwargs)
+        finally:
+            _private.set_initializing(model, False)
 
 
 def _method(model: Any, method: Any) -> Callable[..., Any]:
@@ -271,6 +289,7 @@ def _same(graph: Graph, model: Any) -> Values:
     """The values of a model that must have the structure of a graph."""
     other, arrays = _walk(model, {}, {})
     found = dict(zip((slot.key for slot in other.slots), arrays, strict=True))
+    found |= {slot.key: placeholder(slot) for slot in graph.slots if is_derived(slot)}
     missing = [slot.key for slot in graph.slots if slot.key not in found]
     if missing:
         raise LoweringError(

@@ -11,16 +11,14 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import click
 
 import linsey
+from linsey import _summary
 from linsey.ir import LinseyError, TensorType, format_path
-
-if TYPE_CHECKING:
-    from linsey._summary import Summary
 
 JSON_VERSION = 1
 """Version of what ``--json`` prints. Entries may be added within a version; one that goes, or that
@@ -48,52 +46,45 @@ _JSON_HELP = """\b
 """
 
 
-class _Target(click.ParamType):
-    """``package.module:name``."""
-
-    name = "package.module:name"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if not _TARGET.fullmatch(value):
-            self.fail(f"{value!r} is not of the form package.module:name", param, ctx)
-        return value
+def _target(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Checks ``package.module:name``."""
+    if not _TARGET.fullmatch(value):
+        raise click.BadParameter(f"{value!r} is not of the form package.module:name")
+    return value
 
 
-class _Input(click.ParamType):
-    """``[name=]dtype[shape]``, as name (or None) and type."""
-
-    name = "[name=]dtype[shape]"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        from linsey._summary import parse_type
-
-        if isinstance(value, tuple):
-            return value
+def _inputs(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[str | None, TensorType]]:
+    """Reads each ``[name=]dtype[shape]``."""
+    read = []
+    for value in values:
         match = _NAMED.fullmatch(value)
         assert match is not None
         try:
-            return match[1], parse_type(match[2])
+            read.append((match[1], _summary.parse_type(match[2])))
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            raise click.BadParameter(str(error)) from error
+    return read
 
 
-class _Setting(click.ParamType):
-    """``name=value``, the value a Python literal or else a string."""
-
-    name = "name=value"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if isinstance(value, tuple):
-            return value
+def _settings(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[str, Any]]:
+    """Reads each ``name=value``; the value is a Python literal, or else a string."""
+    read: list[tuple[str, Any]] = []
+    for value in values:
         name, equals, text = value.partition("=")
         if not equals or not name.isidentifier():
-            self.fail(f"{value!r} is not of the form name=value", param, ctx)
+            raise click.BadParameter(f"{value!r} is not of the form name=value")
         if text.lower() in _WORDS:
-            return name, _WORDS[text.lower()]
+            read.append((name, _WORDS[text.lower()]))
+            continue
         try:
-            return name, ast.literal_eval(text)
+            read.append((name, ast.literal_eval(text)))
         except (SyntaxError, ValueError):
-            return name, text
+            read.append((name, text))
+    return read
 
 
 @click.group()
@@ -103,12 +94,13 @@ def main() -> None:
 
 
 @main.command(epilog=_JSON_HELP)
-@click.argument("target", type=_Target())
+@click.argument("target", callback=_target)
 @click.option(
     "inputs",
     "--input",
-    type=_Input(),
+    callback=_inputs,
     multiple=True,
+    metavar="[NAME=]DTYPE[SHAPE]",
     help="A sample input, such as 'f32[8,28,28,1]', or 'mask=bool[8,28]' for a keyword one."
     " Dtypes as jax prints them (f32, bf16, i32, u8, bool, c64 ...) or by full name."
     " Repeat it for more.",
@@ -116,16 +108,17 @@ def main() -> None:
 @click.option(
     "settings",
     "--set",
-    type=_Setting(),
+    callback=_settings,
     multiple=True,
+    metavar="NAME=VALUE",
     help="A keyword argument of the call that is no array, such as train=true. Repeat it for more.",
 )
 @click.option("--method", help="The method to lower by, where it is not the call.")
 @click.option("as_json", "--json", is_flag=True, help="Print JSON, for programs.")
 def lower(
     target: str,
-    inputs: tuple[tuple[str | None, TensorType], ...],
-    settings: tuple[tuple[str, Any], ...],
+    inputs: list[tuple[str | None, TensorType]],
+    settings: list[tuple[str, Any]],
     method: str | None,
     as_json: bool,
 ) -> None:
@@ -144,8 +137,6 @@ def lower(
         keywords[name] = value
     source = _load(target)
     graph = _guarded(lambda: _lowered(source, args, keywords, method), f"lowering {target}")
-    from linsey import _summary
-
     if as_json:
         data = {"version": JSON_VERSION, "target": target, **_summary.to_json(graph)}
         click.echo(json.dumps(data, indent=2))
@@ -216,7 +207,7 @@ def _lowered(
             raise click.ClickException(
                 f"{kind} needs jax in its 64-bit mode\nSet JAX_ENABLE_X64=1 in the environment."
             )
-        return jax.ShapeDtypeStruct(kind.shape, dtype)
+        return jax.ShapeDtypeStruct(kind.shape, dtype)  # type: ignore[no-untyped-call]
 
     if isinstance(source, type) and issubclass(source, linen.Module):
         source = source()
@@ -227,7 +218,7 @@ def _lowered(
     return linsey.lower(source, *map(abstract, args), method=method, **kwargs).graph
 
 
-def _print_summary(summary: Summary, graph: linsey.Graph) -> None:
+def _print_summary(summary: _summary.Summary, graph: linsey.Graph) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -239,7 +230,7 @@ def _print_summary(summary: Summary, graph: linsey.Graph) -> None:
     table.add_column("number", justify="right")
     table.add_column("bytes", justify="right")
 
-    def section(part: str, rows: list[tuple[str, int | None, int | None]]) -> None:
+    def section(part: str, rows: Sequence[tuple[str, int | None, int | None]]) -> None:
         for what, number, size in rows or [("none", None, None)]:
             cells = ["" if cell is None else f"{cell:,}" for cell in (number, size)]
             table.add_row(Text(part), Text(what), *cells)

@@ -104,14 +104,20 @@ class Program:
             >>> y.shape
             (1, 2)
         """
-        source = self.graph.nodes[self.graph.root].source
-        dialect = "nnx" if source is None else source.dialect
         return Executable(
             verify(self.graph),
-            plugins.load("linsey.backends", dialect),
+            plugins.load("linsey.backends", self._dialect()),
             self.initialize,
             method=method,
             mutable=mutable,
             capture=tuple(capture),
             donate=donate,
         )
+
+    def _dialect(self) -> str:
+        """The dialect that runs the root: that of its wrapper, where it has one."""
+        root = self.graph.nodes[self.graph.root]
+        dialect = "nnx" if root.source is None else root.source.dialect
+        if root.wrapper is None:
+            return dialect
+        return "nnx" if dialect == "linen" else "linen"

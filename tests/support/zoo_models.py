@@ -44,7 +44,7 @@ class ZooModel:
     """The method to call, ``None`` for ``__call__``."""
     traits: tuple[str, ...] = ()
     """What makes the model a hard case, one word each: ``remat``, ``vmap``, ``shared``, ``tied``…
-    ``slow`` marks the two whose eager init compiles for more than 5 s."""
+    ``slow`` marks the two models whose eager init compiles the longest."""
     warnings: tuple[str, ...] = ()
     """``filterwarnings`` entries without which the model does not run under ``-W error``."""
 

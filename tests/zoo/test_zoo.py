@@ -1,0 +1,108 @@
+"""Models that nobody here wrote, from packages on PyPI, at tiny sizes with random weights."""
+
+import importlib.util
+from typing import Any
+
+import jax
+import pytest
+from compare import assert_same
+from flax import nnx
+from zoo_models import ZOO, ZooModel
+
+import linsey
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("the extra `zoo` is not installed", allow_module_level=True)
+
+pytestmark = pytest.mark.zoo
+
+
+def keys(names: tuple[str, ...], seed: int) -> dict[str, Any]:
+    return {name: jax.random.key(seed + number) for number, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("entry", [z for z in ZOO if z.api == "linen"], ids=lambda z: z.name)
+def test_linen_model(entry: ZooModel) -> None:
+    module = entry.build()
+    args, kwargs = entry.inputs()
+    init_keys = keys(entry.init_rngs, 0)
+    call_keys = keys(entry.call_rngs, 7) or None
+    mutable = list(entry.mutable) or False
+
+    def init(init_keys: Any) -> Any:
+        return module.init(init_keys, *args, method=entry.method, **kwargs, **entry.static)
+
+    def apply(variables: Any, args: Any, kwargs: Any) -> Any:
+        made = module.apply(
+            variables,
+            *args,
+            rngs=call_keys,
+            mutable=mutable,
+            method=entry.method,
+            **kwargs,
+            **entry.static,
+        )
+        return made if mutable else (made, {})
+
+    program = linsey.lower(
+        module, *args, rngs=init_keys, method=entry.method, **kwargs, **entry.static
+    )
+    exe = program.compile(entry.method, mutable=mutable)
+    variables, values = jax.jit(init)(init_keys), exe.init(init_keys)
+    program = linsey.Program(graph=program.graph, values=values)
+    emitted, emitted_variables = program.emit("linen")
+    assert emitted == module
+    assert_same(emitted_variables, variables)
+
+    expected, updates = jax.jit(apply)(variables, args, kwargs)
+    found, after = exe(values, *args, rngs=call_keys, **kwargs, **entry.static)
+    assert_same(found, expected)
+    _, state = linsey.Program(graph=program.graph, values=after).emit("linen")
+    for name in set(state) & set(updates):
+        assert_same(state[name], updates[name])
+
+    graphdef, state = program.emit("nnx")
+
+    @jax.jit
+    def as_nnx(state: Any, args: Any, kwargs: Any) -> Any:
+        model = nnx.merge(graphdef, state)
+        call = model if entry.method is None else getattr(model, entry.method)
+        return call(*args, rngs=call_keys, mutable=mutable, **kwargs, **entry.static)
+
+    assert_same(as_nnx(state, args, kwargs), expected)
+
+
+@pytest.mark.parametrize("entry", [z for z in ZOO if z.api == "nnx"], ids=lambda z: z.name)
+def test_nnx_model(entry: ZooModel) -> None:
+    make = entry.build()
+    args, kwargs = entry.inputs()
+    model = make(nnx.Rngs(0))
+    program = linsey.lower(make, rngs=nnx.Rngs(0)).init(nnx.Rngs(0))
+    graphdef, state = program.emit("nnx")
+    assert_same(state, nnx.state(model))
+    assert linsey.lower(model).graph == program.graph
+
+    source_graphdef, source_state = nnx.split(model)
+
+    @jax.jit
+    def source(state: Any, args: Any, kwargs: Any) -> Any:
+        copy = nnx.merge(source_graphdef, state)
+        call = copy if entry.method is None else getattr(copy, entry.method)
+        return call(*args, **kwargs, **entry.static), nnx.state(copy)
+
+    expected, expected_state = source(source_state, args, kwargs)
+    exe = program.compile(entry.method)
+    found, values = exe(program.values, *args, **kwargs, **entry.static)
+    assert_same(found, expected)
+    _, after = linsey.Program(graph=program.graph, values=values).emit("nnx")
+    assert_same(after, expected_state)
+
+    module, variables = program.emit("linen")
+
+    @jax.jit
+    def as_linen(variables: Any, args: Any, kwargs: Any) -> Any:
+        return module.apply(
+            variables, *args, mutable=True, method=entry.method, **kwargs, **entry.static
+        )[0]
+
+    assert_same(as_linen(variables, args, kwargs), expected)
