@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import errors
 
 from linsey import _trees
 from linsey.backends import Backend
-from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, slot_index
+from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, describe, slot_index
 
 _EMPTY: dict[str, Any] = {}
 
@@ -99,7 +100,7 @@ class Executable:
             ValuesError: the values are not those of this program.
             EmitError: a PRNG stream is missing.
         """
-        index = values.index
+        index = getattr(values, "index", None)
         if index is not self._index and index != self._index:
             raise _not_ours(index, self._index)
         keys = rngs
@@ -156,9 +157,17 @@ class Executable:
         self, arrays: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], keys: Any
     ) -> tuple[Any, dict[int, Any]]:
         rngs = None if keys is None else _trees.key_dict(keys)
-        called = self._run(
-            arrays, args, kwargs, method=self.method, rngs=rngs, mutable=self._mutable
-        )
+        try:
+            called = self._run(
+                arrays, args, kwargs, method=self.method, rngs=rngs, mutable=self._mutable
+            )
+        except (errors.FlaxError, AttributeError, TypeError) as error:
+            # What a wrong call raises; the cause keeps the source's own error.
+            raise EmitError(
+                f"the call raised {type(error).__name__}: {error}",
+                path=_name(self.graph, self.method),
+                fix="Call it with the arguments, shapes and method that the source itself takes.",
+            ) from error
         changed = {
             slot: new
             for slot, (old, new) in enumerate(zip(arrays, called.arrays, strict=True))
@@ -207,6 +216,13 @@ class _Donating:
         return self._jitted(self._take(arrays), self._leave(arrays), dynamic, keys)
 
 
+def _name(graph: Graph, method: Any) -> str:
+    source = graph.nodes[graph.root].source
+    cls = "root" if source is None else describe(source.cls)
+    called = method if isinstance(method, str) else getattr(method, "__name__", "__call__")
+    return f"{cls}.{called}"
+
+
 def _getter(slots: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     if len(slots) > 1:
         return operator.itemgetter(*slots)
@@ -230,7 +246,13 @@ def _with_capture(run: Any, mutable: Any, capture: tuple[str, ...]) -> Any:
     return [*names, *(name for name in capture if name not in names)]
 
 
-def _not_ours(found: SlotIndex, expected: SlotIndex) -> ValuesError:
+def _not_ours(found: object, expected: SlotIndex) -> ValuesError:
+    if not isinstance(found, SlotIndex):
+        return ValuesError(
+            "found something that is not linsey.Values",
+            path="values",
+            fix="Pass what exe.init, program.values or an earlier call gave.",
+        )
     missing = [key for key in expected.keys if key not in found.positions]
     extra = [key for key in found.keys if key not in expected.positions]
     first = (missing or extra or list(found.keys))[0]

@@ -145,16 +145,16 @@ def add_variables(region: Region, builder: Builder, variables: Mapping[str, Any]
         if is_tree and (at not in stops or (inside_nnx and at not in inner)):
             if not value:
                 builder.empty.append((collection, *path))
-            for name, below in value.items():
-                walk(collection, (*path, as_key(name)), below)
+            for name in sorted(value, key=str):
+                walk(collection, (*path, as_key(name)), value[name])
             return
         slot = _slot(collection, path, value, region.encode)
         made[at] = builder.add_slot(slot)
         if not inside_nnx:
             region.bind(path, made[at])
 
-    for collection, tree in variables.items():
-        walk(collection, (), tree)
+    for collection in sorted(variables):
+        walk(collection, (), variables[collection])
     region.add_nnx(lambda collection, path: made.get((collection, path)))
 
 

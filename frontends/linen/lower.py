@@ -63,7 +63,7 @@ def lower(request: Request) -> Lowered:
         with observing(observer):
             jax.eval_shape(init, keys, arguments.dynamic)
     except Exception as error:
-        raise _explained(error, observer, keys) from error
+        raise _explained(error, module, observer, keys) from error
     graph = _graph(module, observer, kept[0], given=request.variables)
     values = None if request.variables is None else read(graph, request.variables)
     concrete = _initialiser(module, request, arguments, graph)
@@ -115,8 +115,10 @@ def _checked(module: Any, request: Request) -> linen.Module:
     return module  # type: ignore[no-any-return]
 
 
-def _explained(error: Exception, observer: Observer, keys: Mapping[str, Any]) -> Exception:
-    where = "/".join(observer.failed_at or ())
+def _explained(
+    error: Exception, module: linen.Module, observer: Observer, keys: Mapping[str, Any]
+) -> Exception:
+    where = "/".join(observer.failed_at or ()) or type(module).__name__
     if isinstance(error, LoweringError):
         return error
     if isinstance(error, errors.InvalidRngError):
@@ -279,7 +281,7 @@ def _initialiser(
             with watched:
                 variables = module.init(keys, *args, method=request.method, **kwargs)
         except errors.InvalidRngError as error:
-            raise _explained(error, observer, keys) from error
+            raise _explained(error, module, observer, keys) from error
         values = read(graph, core.unfreeze(variables))
         return values.replace(_derived_values(graph, observer)) if is_mixed else values
 

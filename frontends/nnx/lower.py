@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ def lower(request: Request) -> Lowered:
             fix="Put the values into the model with nnx.update, and lower that.",
         )
     if isinstance(request.source, type):
-        return lower_factory(request)
+        return lower_factory(request, lambda made: lower(dataclasses.replace(request, source=made)))
     if request.rngs is not None:
         raise LoweringError(
             "found rngs=, but a live NNX module holds its own",
@@ -84,45 +85,52 @@ def _lower_live(request: Request) -> Lowered:
     return Lowered(graph=graph, init=init)
 
 
-def lower_factory(request: Request) -> Lowered:
+def lower_factory(request: Request, other: Callable[[Any], Lowered]) -> Lowered:
     """Lowers what a factory makes, without making it.
 
     Args:
-        request: its source is a callable that takes nothing or ``rngs`` and gives an NNX module.
+        request: its source is a callable that takes nothing or ``rngs``.
+        other: lowers what the factory makes when that is not of NNX.
 
     Raises:
-        LoweringError: the factory needs other arguments, or gives something else.
+        LoweringError: the factory needs other arguments, or raises.
     """
     make = request.source
     takes_rngs = _takes_rngs(make)
+    kept: list[Any] = []
+
+    def run() -> Any:
+        made = make(rngs=_like(request.rngs)) if takes_rngs else make()
+        if not isinstance(made, nnx.Pytree):
+            kept.append(made)
+            return ()
+        _mark_arrays(made)
+        graphdef, state = nnx.split(made)
+        kept.append(graphdef)
+        return state
+
+    try:
+        state = jax.eval_shape(run)
+    except Exception as error:
+        raise LoweringError(
+            f"the factory raised {type(error).__name__}: {error}",
+            path=_name(make),
+            fix="Calling it under jax.eval_shape raises it too; mend the factory.",
+        ) from error
+    if not isinstance(kept[0], nnx.GraphDef):
+        return other(kept[0])
     if request.rngs is not None and not takes_rngs:
         raise LoweringError(
             "found rngs=, but the factory takes none",
             path="rngs",
             fix="Let the factory take an argument called rngs.",
         )
-    kept: list[Any] = []
-
-    def build() -> Any:
-        made = make(rngs=_rngs(request.rngs)) if takes_rngs else make()
-        if not isinstance(made, nnx.Pytree):
-            raise LoweringError(
-                f"the factory gave a {type(made).__name__}, expected an NNX module",
-                path=getattr(make, "__name__", "factory"),
-                fix="Let the factory return the module.",
-            )
-        return nnx.split(made)
-
-    def run() -> Any:
-        graphdef, state = build()
-        kept.append(graphdef)
-        return state
-
-    state = jax.eval_shape(run)
-    model = nnx.merge(kept[0], state)
     lowered = _lower_live(
         Request(
-            source=model, args=request.args, kwargs=request.kwargs, method=request.method
+            source=nnx.merge(kept[0], state),
+            args=request.args,
+            kwargs=request.kwargs,
+            method=request.method,
         )
     )
 
@@ -135,15 +143,49 @@ def lower_factory(request: Request) -> Lowered:
             )
         chosen = request.rngs if rngs is None else rngs
         ready = make(rngs=_rngs(chosen)) if takes_rngs else make()
-        if _unready(ready):
+        if _unready(ready) and (request.args or request.kwargs):
             _lazy_init(ready, request)
         return _same(lowered.graph, ready)
 
     return Lowered(graph=lowered.graph, init=init)
 
 
+def _name(make: Any) -> str:
+    return getattr(make, "__name__", type(make).__name__)
+
+
+def _like(rngs: Any) -> nnx.Rngs:
+    """Streams with the names of `rngs`, made in the current trace; their numbers do not matter."""
+    if not isinstance(rngs, nnx.Rngs):
+        return _rngs(rngs)
+    return nnx.Rngs(**dict.fromkeys(rngs, 0))
+
+
+def _mark_arrays(model: Any) -> None:
+    """Marks array attributes as data: flax does for arrays, but takes traced ones for static."""
+    for _, obj in nnx.iter_graph(model):
+        if isinstance(obj, nnx.Pytree):
+            nodes = obj._pytree__nodes
+            traced = [
+                name
+                for name, value in vars(obj).items()
+                if isinstance(value, jax.Array) and not nodes.get(name, False)
+            ]
+            if traced:
+                marked = nodes.update(dict.fromkeys(traced, True))
+                object.__setattr__(obj, "_pytree__nodes", marked)
+
+
 def _takes_rngs(make: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(make).parameters
+    # The metaclass of NNX hides the constructor's own signature.
+    function = getattr(make, "func", make)
+    is_class = isinstance(function, type)
+    parameters = dict(inspect.signature(function.__init__ if is_class else make).parameters)
+    if is_class:
+        parameters.pop(next(iter(parameters)))
+        given = getattr(make, "args", ())
+        for name in [*list(parameters)[: len(given)], *getattr(make, "keywords", {})]:
+            parameters.pop(name, None)
     needed = [
         name
         for name, parameter in parameters.items()
@@ -151,8 +193,7 @@ def _takes_rngs(make: Callable[..., Any]) -> bool:
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     if set(needed) - {"rngs"}:
-        name = getattr(make, "__name__", "the factory")
-        is_class = isinstance(make, type)
+        name = _name(make)
         raise LoweringError(
             f"found the {'class' if is_class else 'function'} {name}, which needs"
             f" {', '.join(needed)}; expected a module, or a factory that needs no more than rngs",

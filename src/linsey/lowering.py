@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import jax
 from flax import linen, nnx
 
 from linsey import _trees, plugins
 from linsey.backends.nnx import build
-from linsey.frontends import Request
+from linsey.frontends import Frontend, Lowered, Request
+from linsey.frontends.nnx.lower import lower_factory
 from linsey.program import Program
 
 
@@ -46,36 +47,22 @@ def lower(
     request = Request(
         source=source, args=args, kwargs=kwargs, rngs=rngs, variables=variables, method=method
     )
-    if not isinstance(source, type) and _is_factory(source):
-        made = _made_by(source)
-        if not isinstance(made, linen.Module):
-            from linsey.frontends.nnx.lower import lower_factory
-
-            lowered = lower_factory(request)
-            return Program(graph=lowered.graph, values=lowered.values, initialize=lowered.init)
-        request = Request(
-            source=made, args=args, kwargs=kwargs, rngs=rngs, variables=variables, method=method
-        )
-    lowered = plugins.find_frontend(request.source).lower(request)
+    if _is_factory(source):
+        lowered = lower_factory(request, lambda made: _lower(replace(request, source=made)))
+    else:
+        lowered = _lower(request)
     return Program(graph=lowered.graph, values=lowered.values, initialize=lowered.init)
 
 
+def _lower(request: Request) -> Lowered:
+    frontend: Frontend = plugins.find_frontend(request.source)
+    return frontend.lower(request)
+
+
 def _is_factory(source: Any) -> bool:
-    return callable(source) and not isinstance(source, linen.Module | nnx.Pytree)
-
-
-def _made_by(factory: Any) -> Any:
-    """What a factory makes, when that takes no arrays to find out: a Linen module; else None."""
-    kept: list[Any] = []
-
-    def run() -> None:
-        kept.append(factory())
-
-    try:
-        jax.eval_shape(run)
-    except TypeError:  # it takes arguments: not one that only makes a Linen module
-        return None
-    return kept[0]
+    """Whether it is a function that makes a module; classes are for the frontends to judge."""
+    is_module = isinstance(source, linen.Module | nnx.Pytree)
+    return callable(source) and not isinstance(source, type) and not is_module
 
 
 def to_nnx(
