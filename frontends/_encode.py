@@ -161,5 +161,5 @@ def nnx_variable(
         type=_trees.value_type(variable.get_raw_value()),
         partition=note,
         lifetime="ephemeral" if collection in EPHEMERAL else "persistent",
-        metadata=tuple((name, encode(value)) for name, value in kept),
+        metadata=tuple((name, encode(value)) for name, value in sorted(kept)),
     )
