@@ -115,8 +115,8 @@ def abstract_value(slot: Slot) -> Any:
 def _shape(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
     if dtype.startswith("key<"):
         with_impl = jax.eval_shape(lambda: jax.random.key(0, impl=_IMPLS.get(dtype, dtype[4:-1])))
-        return jax.ShapeDtypeStruct(shape, with_impl.dtype)
-    return jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype))
+        return _trees.shape_struct(shape, with_impl.dtype)
+    return _trees.shape_struct(shape, jax.numpy.dtype(dtype))
 
 
 _IMPLS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}

@@ -19,7 +19,7 @@ class Called:
     """The value of every slot afterwards, in slot order; an unchanged one is the very object that
     was passed in."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """State that the call made and no slot holds (sown intermediates): collection -> nested dict."""
+    """State that the call made and no slot holds (sown values): collection -> nested dict."""
 
 
 class Runner(Protocol):

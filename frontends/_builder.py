@@ -83,8 +83,9 @@ class Builder:
         """Notes that a node draws from a stream that derives keys by path."""
         known = self._streams.get(name)
         if known is None or (at_call and known.use == "init"):
-            use = "call" if at_call else "init"
-            self._streams[name] = Stream(name=name, derivation="path", use=use)
+            self._streams[name] = Stream(
+                name=name, derivation="path", use="call" if at_call else "init"
+            )
         draft.streams[name] = list(self._streams).index(name)
 
     def counted_stream(self, draft: Draft, name: str, key: int, count: int) -> None:

@@ -80,7 +80,7 @@ class FlaxEncoder(Encoder):
         """The hyper-parameters of a Linen module, by name."""
         return tuple(
             (item.name, self(getattr(module, item.name)))
-            for item in dataclasses.fields(module)  # type: ignore[arg-type]
+            for item in dataclasses.fields(module)
             if item.init and item.name not in ("parent", "name") and hasattr(module, item.name)
         )
 
@@ -89,7 +89,7 @@ def partition(names: Any, rules: AttrValue, mesh: AttrValue, encode: Encoder) ->
     """A partition annotation, or None when `names` is not one entry per axis."""
     if not isinstance(names, tuple | list | PartitionSpec):
         return None
-    axes = []
+    axes: list[str | tuple[str, ...] | None] = []
     for entry in names:
         if entry is None or isinstance(entry, str):
             axes.append(entry)

@@ -56,9 +56,9 @@ _originals: dict[tuple[Any, str], Any] = {
     (scope.Scope, "put_variable"): scope.Scope.put_variable,
     (scope.Scope, "make_rng"): scope.Scope.make_rng,
     (scope.Scope, "param"): scope.Scope.param,
-    # lift calls `meta.add_axis(variables, axis, params)` for each group that a transform stacks. Only
-    # what lift sees is replaced: elsewhere the same function names axes that no array has.
-    (lift, "meta"): lift.meta,
+    # lift calls `meta.add_axis(variables, axis, params)` for each group that a transform stacks.
+    # Only what lift sees is replaced: elsewhere the same function names axes that no array has.
+    (lift, "meta"): meta,
     # The moment at which NNX code enters Linen code; NNX calls cannot be intercepted.
     (wrappers.ToNNX, "__call__"): wrappers.ToNNX.__call__,
 }
@@ -139,7 +139,8 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
 
 # A distinct value of this context makes jax.jit trace again, where it would use what it kept.
-_fresh = jax.make_user_context(default_value=None)
+_make_context: Any = jax.make_user_context  # not annotated
+_fresh = _make_context(default_value=None)
 
 
 def retraced(run: Callable[[], Any]) -> Any:
@@ -210,10 +211,8 @@ def transformed_class(cls: type, encode: Encoder) -> AttrValue | None:
     )
 
 
-
-
-# nnx.graphlib is where NNX itself says what is a node and how it flattens; the public nnx names cover
-# iteration, but neither static attributes nor plain pytrees.
+# nnx.graphlib is where NNX itself says what is a node and how it flattens; the public nnx names
+# cover iteration, but neither static attributes nor plain pytrees.
 get_node_impl = graphlib.get_node_impl
 GraphNodeImpl = graphlib.GraphNodeImpl
 DataElem = graphlib.DataElem

@@ -85,9 +85,7 @@ def dominators(graph: Graph) -> dict[int, int]:
     """
     found = dict(nx.immediate_dominators(nx.DiGraph(digraph(graph)), graph.root))
     found[graph.root] = graph.root
-    return {
-        number: graph.root if parent is None else parent for number, parent in found.items()
-    }
+    return {number: graph.root if parent is None else parent for number, parent in found.items()}
 
 
 def extract(graph: Graph, path: Path) -> Graph:
@@ -119,8 +117,8 @@ def extract(graph: Graph, path: Path) -> Graph:
         streams=tuple(
             replace(
                 graph.streams[old],
-                key=new_slot.get(graph.streams[old].key, None),  # type: ignore[arg-type]
-                count=new_slot.get(graph.streams[old].count, None),  # type: ignore[arg-type]
+                key=_moved(graph.streams[old].key, new_slot),
+                count=_moved(graph.streams[old].count, new_slot),
             )
             for old in sorted(used)
         ),
@@ -169,8 +167,12 @@ def _rebase(slot: Slot, path: Path, slots: dict[int, int]) -> Slot:
             replace(entry, owner=entry.owner[depth:] if entry.owner[:depth] == path else ())
             for entry in slot.stack
         ),
-        mirrors=slots.get(slot.mirrors) if slot.mirrors is not None else None,
+        mirrors=_moved(slot.mirrors, slots),
     )
+
+
+def _moved(index: int | None, moved: dict[int, int]) -> int | None:
+    return None if index is None else moved.get(index)
 
 
 def _references(value: AttrValue) -> tuple[int, ...]:

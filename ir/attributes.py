@@ -35,7 +35,10 @@ class _Absent:
 ABSENT = _Absent()
 """Marks a value without a live object (one that was loaded, say)."""
 
-_live = functools.partial(field, default=ABSENT, compare=False, repr=False)
+
+def _live() -> Any:
+    """The field that remembers the object a value was made from."""
+    return field(default=ABSENT, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +77,7 @@ class Ref:
     name: str
     """``package.module:Qualified.name``."""
 
-    live: Any = _live()
+    live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The object itself."""
 
 
@@ -86,7 +89,7 @@ class EnumValue:
     """The enumeration."""
     name: str
     """The member's name."""
-    live: Any = _live()
+    live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The member itself."""
 
 
@@ -102,7 +105,7 @@ class Array:
     """Its elements in C order, in this machine's byte order (little-endian)."""
     make: str
     """``numpy`` or ``jax``: the library whose array it is."""
-    live: Any = _live()
+    live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The array itself."""
 
 
@@ -124,7 +127,7 @@ class Map:
     """The mapping's class."""
     items: tuple[tuple[AttrValue, AttrValue], ...]
     """Keys and values, in the mapping's order."""
-    live: Any = _live()
+    live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The mapping itself, where it is immutable."""
 
 
@@ -138,7 +141,7 @@ class Instance:
     """The fields that its constructor takes, by name."""
     share: int | None = None
     """A number that the uses of one object share within one attribute table; None: used once."""
-    live: Any = _live()
+    live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The instance itself."""
 
 
@@ -152,7 +155,7 @@ class Call:
     """Positional arguments."""
     kwargs: tuple[tuple[str, AttrValue], ...] = ()
     """Keyword arguments."""
-    live: Any = _live()
+    live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The result."""
 
 
@@ -178,7 +181,7 @@ class Template:
 
     structure: AttrValue
     """The tree, with a `Hole` for each array."""
-    live: Any = _live()
+    live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """Its jax tree definition."""
 
 
@@ -193,7 +196,7 @@ class Live:
     """What it is compared by."""
     text: str = field(compare=False)
     """A readable name."""
-    live: Any = _live()
+    live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The object itself."""
 
 
@@ -223,7 +226,7 @@ _MAX_ARRAY = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Identity:
-    """Compares an unhashable object by identity, and keeps it alive so that the id stays its own."""
+    """Compares an unhashable object by identity, and keeps it alive so that its id lasts."""
 
     value: Any
 
@@ -508,7 +511,8 @@ def _dtype(name: str) -> np.dtype[Any]:
     try:
         return np.dtype(name)
     except TypeError:
-        return np.dtype(resolve(f"ml_dtypes:{name}"))
+        extended: np.dtype[Any] = np.dtype(resolve(f"ml_dtypes:{name}"))
+        return extended
 
 
 def _from_bytes(value: Array) -> Any:

@@ -14,7 +14,7 @@ class LinseyError(Exception):
 
     Args:
         message: what was found against what was expected.
-        path: where, in the user's notation (``params/Dense_0/kernel``); empty when there is no place.
+        path: where, in the user's notation (``params/Dense_0/kernel``); empty: no place.
         fix: what to do about it, one sentence.
 
     Example:
@@ -74,6 +74,6 @@ class VerifyError(LinseyError):
         count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
         super().__init__(
             f"the graph is not valid, {count}:\n  " + "\n  ".join(problems),
-            fix="A graph is only made by a frontend or a pass; report the one that made this graph.",
+            fix="Graphs are made by frontends and passes; report the one that made this graph.",
         )
         self.problems = problems

@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 from linsey.ir.attributes import Attrs, AttrValue, Const, Template, decode
 from linsey.ir.paths import Key, Path, format_path
 
+NONE = Const(None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorType:
@@ -25,8 +27,8 @@ class TensorType:
     shape: tuple[int, ...]
     """Sizes of its axes, each >= 0."""
     dtype: str
-    """Its dtype by name: ``float32``, ``key<fry>`` for typed PRNG keys; ``int``, ``float``, ``bool``
-    or ``complex`` for a Python number."""
+    """Its dtype by name: ``float32``, ``key<fry>`` for typed PRNG keys; ``int``, ``float``,
+    ``bool`` or ``complex`` for a Python number."""
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -52,13 +54,13 @@ ValueType: TypeAlias = TensorType | TreeType
 class Partition:
     """How the axes of a slot lie on the axes of a mesh."""
 
-    axes: tuple[str | None | tuple[str, ...], ...]
+    axes: tuple[str | tuple[str, ...] | None, ...]
     """One entry per axis: None (replicated), a logical or mesh axis, or several of them."""
     spec: AttrValue
     """The annotation as the source wrote it."""
-    rules: AttrValue = Const(None)
+    rules: AttrValue = NONE
     """The logical-to-mesh rules that came with it, or None."""
-    mesh: AttrValue = Const(None)
+    mesh: AttrValue = NONE
     """The mesh that came with it, or None."""
 
     def __str__(self) -> str:
@@ -178,8 +180,8 @@ class Node:
     """A module, or a container of modules and variables."""
 
     op: str = "module"
-    """``module`` for user code, ``container`` for a list, dict or other pytree, ``scope`` for a name
-    that was seen in a path but never called, or the name of a neutral layer."""
+    """``module`` for user code, ``container`` for a list, dict or other pytree, ``scope`` for a
+    name that was seen in a path but never called, or the name of a neutral layer."""
     source: Source | None = None
     """Its class; None for a ``scope``."""
     attrs: Attrs = ()

@@ -23,7 +23,7 @@ class HostParts:
     variables: Mapping[tuple[str, Key], Any] = field(default_factory=dict)
     """Its Variables, by collection and name."""
     places: Mapping[int, Path] = field(default_factory=dict)
-    """Where its Linen variables lie, collection first, by slot; empty: where the slots' paths say."""
+    """Where its Linen variables lie, collection first, by slot; empty: at the slots' paths."""
     own: Mapping[str, Any] = field(default_factory=dict)
     """What it keeps beside them: streams, and state that calls made."""
 

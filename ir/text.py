@@ -103,5 +103,3 @@ def _call(signature: Signature) -> str:
     ]
     shown = ", ".join(text if name.isdigit() else f"{name}={text}" for text, name in inputs)
     return f"{signature.method}({shown}) -> {signature.output if signature.output else '?'}"
-
-

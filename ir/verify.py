@@ -40,9 +40,9 @@ def _indices(graph: Graph) -> Iterator[str]:
             if not 0 <= index < streams:
                 yield f"node %{number} stream {name!r}: {index} is not one of {streams} streams"
     for stream in graph.streams:
-        for role, index in (("key", stream.key), ("count", stream.count)):
-            if index is not None and not 0 <= index < slots:
-                yield f"stream {stream.name!r} {role}: {index} is not one of {slots} slots"
+        for role, held in (("key", stream.key), ("count", stream.count)):
+            if held is not None and not 0 <= held < slots:
+                yield f"stream {stream.name!r} {role}: {held} is not one of {slots} slots"
     for slot in graph.slots:
         if slot.mirrors is not None and not 0 <= slot.mirrors < slots:
             yield f"slot {slot.key} mirrors {slot.mirrors}, which is not one of {slots} slots"
@@ -68,7 +68,7 @@ def _reachable(graph: Graph) -> Iterator[str]:
 
 
 def _names(graph: Graph) -> Iterator[str]:
-    """A node has one child and, per collection, one slot of a name; a slot has a name of its own."""
+    """A node has one child and, per collection, one slot of a name; slots share no path."""
     for number, node in enumerate(graph.nodes):
         for name, count in Counter(name for name, _ in node.children).items():
             if count > 1:

@@ -1,5 +1,7 @@
 """The runtime: runs a graph under jit on a flat tuple of slots."""
 
+from collections.abc import Iterable
+
 import jax
 
 from linsey.ir import SlotIndex, Values
@@ -17,7 +19,7 @@ def _flatten_with_keys(
     return tuple(keyed), values.index
 
 
-def _unflatten(index: SlotIndex, arrays: tuple[object, ...]) -> Values:
+def _unflatten(index: SlotIndex, arrays: Iterable[object]) -> Values:
     return Values(index, tuple(arrays))
 
 

@@ -262,5 +262,3 @@ def _not_ours(found: object, expected: SlotIndex) -> ValuesError:
         path=first,
         fix="Pass what exe.init, program.values or an earlier call gave, whole.",
     )
-
-

@@ -32,7 +32,7 @@ def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, A
 def _variables(spec: HostSpec, arrays: Sequence[Any]) -> dict[str, Any]:
     variables: dict[str, Any] = {}
     for slot, path in linen_places(spec).items():
-        holder = variables
+        holder: dict[Any, Any] = variables
         for name in path[:-1]:
             holder = holder.setdefault(name, {})
         holder[path[-1]] = emitted_box(spec.graph.slots[slot], arrays[slot])

@@ -107,14 +107,14 @@ class NNXHost(linen.Module):
     @linen.nowrap
     def _store(self, before: list[Any], after: list[Any]) -> None:
         changed: dict[tuple[str, str], list[tuple[Path, Any]]] = {}
-        for slot, (collection, *path) in _places(self.spec).items():
-            name = str(collection)
-            if after[slot] is not before[slot] and self.is_mutable_collection(name):
-                changed.setdefault((name, str(path[0])), []).append((tuple(path), after[slot]))
+        for slot, place in _places(self.spec).items():
+            collection, top = str(place[0]), str(place[1])
+            if after[slot] is not before[slot] and self.is_mutable_collection(collection):
+                changed.setdefault((collection, top), []).append((place[2:], after[slot]))
         for (collection, top), updates in changed.items():
-            old = self.get_variable(collection, top)
+            old: Any = self.get_variable(collection, top)
             for path, value in updates:
-                old = _with(old, path[1:], value)
+                old = _with(old, path, value)
             self.put_variable(collection, top, old)
 
     @linen.nowrap
@@ -169,4 +169,3 @@ def _with(tree: Any, path: Path, value: Any) -> Any:
     if path:
         return {**tree, path[0]: _with(tree[path[0]], path[1:], value)}
     return tree.replace_boxed(value) if isinstance(tree, meta.AxisMetadata) else value
-

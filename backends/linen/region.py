@@ -87,7 +87,7 @@ class Region:
         for path in self._empty:
             holder = variables
             for name in path:
-                holder = holder.setdefault(name, {})
+                holder = holder.setdefault(str(name), {})
         return variables
 
     def find(self, updates: Mapping[str, Any]) -> tuple[list[tuple[int, Any]], dict[str, Any]]:
@@ -150,6 +150,7 @@ class Region:
         Raises:
             EmitError: a PRNG stream is missing.
         """
+        keys = None if rngs is None else dict(rngs)
         chosen = (self.mutable or False) if mutable is None else mutable
         module = self.module if module is None else module
         previous = _running.stack
@@ -158,11 +159,11 @@ class Region:
             if self._nnx:
                 with linen.intercept_methods(self._route):
                     made = module.apply(
-                        variables, *args, method=method, rngs=rngs, mutable=chosen, **kwargs
+                        variables, *args, method=method, rngs=keys, mutable=chosen, **kwargs
                     )
             else:
                 made = module.apply(
-                    variables, *args, method=method, rngs=rngs, mutable=chosen, **kwargs
+                    variables, *args, method=method, rngs=keys, mutable=chosen, **kwargs
                 )
         except errors.InvalidRngError as error:
             given = ", ".join(sorted(rngs or ())) or "none"
@@ -311,7 +312,9 @@ class Inner:
         of streams that came from no stream of the scope.
         """
         assert module.scope is not None
-        keys = {} if module.skip_rng else {name: module.make_rng(name) for name in module.scope.rngs}
+        keys = (
+            {} if module.skip_rng else {name: module.make_rng(name) for name in module.scope.rngs}
+        )
         config = (module.nnx_class, module.args, module.kwargs, module.skip_rng)
         if self._keys is None or not _same(self._keys[0], config):
             self._keys = (config, jax.jit(lambda keys: _rng_state(config, keys)))
@@ -350,4 +353,3 @@ def _rng_state(config: tuple[Any, ...], keys: Mapping[str, Any]) -> dict[Path, A
 
 def _rng_leaves(module: Any) -> Any:
     return nnx.to_flat_state(nnx.state(module, nnx.RngState))
-

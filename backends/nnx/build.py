@@ -13,7 +13,7 @@ from flax import nnx
 
 from linsey import _trees
 from linsey.backends import _private
-from linsey.backends._decode import kind_of, linen_module, metadata_of
+from linsey.backends._decode import is_derived, kind_of, linen_module, metadata_of
 from linsey.backends._spec import HostSpec
 from linsey.ir import (
     EmitError,
@@ -21,11 +21,13 @@ from linsey.ir import (
     Key,
     Node,
     Path,
-    Sequence as SequenceAttr,
     Template,
     as_key,
     decode,
     format_path,
+)
+from linsey.ir import (
+    Sequence as SequenceAttr,
 )
 
 STATE = "_pytree__state"
@@ -164,9 +166,8 @@ class Plan:
         entry.items.append(("to_nnx__module", _STATIC, linen_module(self.graph, number)))
         self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path, {})
         for below, slot in linen_slots(self.graph, number):
-            if self.graph.slots[slot].lifetime == "ephemeral" and slot not in self._kinds:
-                if self.graph.slots[slot].collection in ("RngKey", "RngCount"):
-                    continue  # derived state of a ToLinen below: flax stores it nowhere
+            if is_derived(self.graph.slots[slot]):
+                continue  # PRNG state in a ToLinen below: flax stores it nowhere
             self._slot(slot, (*path, *below))
             entry.linen.append((below, slot))
 
@@ -238,7 +239,8 @@ class Plan:
             for name, kind, item in entry.items
         ]
         impl = _private.get_node_impl_for_type(entry.cls)
-        assert impl is not None and not isinstance(impl, _private.GraphNodeImpl)
+        assert impl is not None
+        assert not isinstance(impl, _private.GraphNodeImpl)
         return impl.unflatten(parts, None)
 
     def read(self, obj: Any, values: Sequence[Any]) -> list[Any]:
@@ -415,8 +417,8 @@ def rebuild(module: Any, values: Mapping[Path, Any]) -> Any:
         new: Any = object.__new__(type(obj))
         made[id(obj)] = new
         for name, value in vars(obj).items():
-            key = int(name) if obj._pytree__has_int_keys and name.isdigit() else name
-            vars(new)[name] = copy(value, (*path, key))
+            has_ints = bool(obj._pytree__has_int_keys) and name.isdigit()
+            vars(new)[name] = copy(value, (*path, int(name) if has_ints else name))
         return new
 
     return copy(module, ())

@@ -32,7 +32,7 @@ def build(graph: Graph, values: Values | None) -> Any:
             f"{describe(wrapper.cls)} changes what ToLinen does in a call; the NNX module alone"
             " would give other numbers",
             path=describe(wrapper.cls),
-            fix="Move what its __call__ does into the NNX module, or into a Linen module around it.",
+            fix="Move what its __call__ does into the NNX module, or a Linen module around it.",
         )
     arrays: Sequence[Any] = (
         list(map(abstract_value, graph.slots)) if values is None else values.arrays
@@ -80,7 +80,8 @@ def override_streams(graph: Graph, arrays: list[Any], rngs: Mapping[str, Any]) -
         if name == "params" and name not in known:
             continue
         for number, stream in enumerate(streams):
-            assert stream.key is not None and stream.count is not None
+            assert stream.key is not None
+            assert stream.count is not None
             own = _typed(key) if len(streams) == 1 else jax.random.fold_in(_typed(key), number)
             shape = arrays[stream.key].shape
             out[stream.key] = jax.random.split(own, shape) if shape else own
@@ -89,7 +90,7 @@ def override_streams(graph: Graph, arrays: list[Any], rngs: Mapping[str, Any]) -
 
 
 def _typed(key: Any) -> Any:
-    is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_typed = jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key)
     return key if is_typed else jax.random.wrap_key_data(key)
 
 
@@ -167,4 +168,3 @@ def _allows(mutable: Any, collection: str) -> bool:
 def runner(graph: Graph) -> NNXRunner:
     """The runner of a graph whose root is an NNX module."""
     return NNXRunner(graph)
-

@@ -154,7 +154,9 @@ class LinenHost(nnx.Module):
 
     def _keep(self, collection: str, tree: dict[str, Any]) -> None:
         taken = collection in vars(self) and not isinstance(vars(self)[collection], dict)
-        name = f"{collection}__collection" if taken or _is_reserved(self, collection) else collection
+        name = (
+            f"{collection}__collection" if taken or _is_reserved(self, collection) else collection
+        )
         kind = nnx.variable_type_from_name(collection, allow_register=True)
         old = vars(self).get(name, {})
         setattr(self, name, nnx.data(_variables(kind, tree, old)))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import linen, nnx
 
 import linsey.frontends.nnx.build as nnx_build
 from linsey import _trees
-from linsey.frontends._builder import Builder, Draft
+from linsey.frontends._builder import Builder
 from linsey.frontends._encode import EPHEMERAL, FlaxEncoder, collection_of, linen_variable
 from linsey.frontends.linen.observe import Call, LinenPath, Module, Observer, StackBox
 from linsey.ir import (
@@ -47,7 +48,10 @@ class Region:
         self._prefix = prefix
         self._observer = observer
         self._node_of: dict[LinenPath, int] = {}
-        self.encode = FlaxEncoder(lambda module: self._node_of.get(module.scope.path))
+        self.encode = FlaxEncoder(self._bound_node)
+
+    def _bound_node(self, module: linen.Module) -> int | None:
+        return None if module.scope is None else self._node_of.get(module.scope.path)
 
     def add_modules(self) -> None:
         """Adds a node for every module that was called."""
@@ -81,9 +85,7 @@ class Region:
             )
             walker = nnx_build.Walker(
                 self._builder,
-                slot_of=lambda variable, below, path=path: slot_at(
-                    collection_of(type(variable)), (*path, *below)
-                ),
+                slot_of=functools.partial(_slot_below, slot_at, path),
                 nested=dict(_by_identity(self._observer.nested)),
             )
             walker.add(seen.nnx, inner, at=number)
@@ -105,6 +107,12 @@ class Region:
         """Gives a slot to the node that its path leads to."""
         node = self._builder.at(self._root, path[:-1])
         self._builder.nodes[node].slots.append((path[-1], slot))
+
+
+def _slot_below(
+    slot_at: SlotAt, path: LinenPath, variable: nnx.Variable[Any], below: Path
+) -> int | None:
+    return slot_at(collection_of(type(variable)), (*path, *below))
 
 
 def _by_identity(nested: list[tuple[Any, Observer]]) -> dict[int, tuple[Any, Observer]]:

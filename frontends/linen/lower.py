@@ -175,9 +175,7 @@ def _get(tree: Any, path: Path) -> Any:
     return tree
 
 
-def read(
-    graph: Graph, variables: Any, places: Mapping[int, Path] = MappingProxyType({})
-) -> Values:
+def read(graph: Graph, variables: Any, places: Mapping[int, Path] = MappingProxyType({})) -> Values:
     """Reads the values of a graph from Linen variables.
 
     Args:

@@ -41,7 +41,7 @@ class Module:
     """The NNX module that a `bridge.ToLinen` at this path made."""
 
 
-class StackBox(struct.PyTreeNode, meta.AxisMetadata[Any]):  # type: ignore[misc]
+class StackBox(struct.PyTreeNode, meta.AxisMetadata[Any]):
     """A metadata box that flax itself tells of every axis that a lifted transform adds."""
 
     value: Any
@@ -49,24 +49,28 @@ class StackBox(struct.PyTreeNode, meta.AxisMetadata[Any]):  # type: ignore[misc]
     """Axis, partition name and owner path of each lifted axis, outermost first."""
 
     def unbox(self) -> Any:
+        """The value; it may be a box of the source."""
         return self.value
 
     def replace_boxed(self, val: Any) -> StackBox:
-        return self.replace(value=val)  # type: ignore[no-any-return, attr-defined]
+        """The box around another value."""
+        return self.replace(value=val)
 
     def _inner(self, change: Callable[[Any], Any]) -> Any:
         return change(self.value) if isinstance(self.value, meta.AxisMetadata) else self.value
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> StackBox:
+        """Notes an axis, and tells the box inside."""
         # `nn.add_metadata_axis` names an axis that no array gets: then there is no owner.
         added = (index, params.get(meta.PARTITION_NAME), params.get(StackBox))
-        return self.replace(  # type: ignore[no-any-return, attr-defined]
+        return self.replace(
             value=self._inner(lambda box: box.add_axis(index, params)),
             stack=self.stack if added[2] is None else (added, *self.stack),
         )
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> StackBox:
-        return self.replace(  # type: ignore[no-any-return, attr-defined]
+        """Forgets the outermost axis, and tells the box inside."""
+        return self.replace(
             value=self._inner(lambda box: box.remove_axis(index, params)),
             stack=self.stack[1:] if StackBox in params else self.stack,
         )
@@ -85,12 +89,14 @@ class Observer(_private.Watcher):
         self.failed_at: LinenPath | None = None
 
     def put(self, collection: str, path: LinenPath, name: str) -> None:
+        """Notes a variable."""
         if self._inside:
             self._inside[-1].put(collection, path, name)
         else:
             self.variables.setdefault((collection, path, name))
 
     def draw(self, path: LinenPath, stream: str, *, initialising: bool) -> None:
+        """Notes a draw from a stream."""
         if self._inside:
             self._inside[-1].draw(path, stream, initialising=initialising)
         elif path in self.modules:
@@ -98,6 +104,7 @@ class Observer(_private.Watcher):
             draws[stream] = draws.get(stream, False) or not initialising
 
     def add_axis(self, tree: Any, params: dict[Any, Any]) -> tuple[Any, dict[Any, Any]]:
+        """Puts a `StackBox` around each variable that is about to be stacked."""
         if self._inside:  # flax makes Variables of what comes out: no place for a box of ours
             return tree, params
         boxed = jax.tree.map(
@@ -113,6 +120,7 @@ class Observer(_private.Watcher):
         return {**params, StackBox: inside._active[-1] if inside._active else ()}
 
     def call_to_nnx(self, wrapper: Any, run: Callable[[], Any]) -> Any:
+        """Observes what runs inside a ToNNX apart from what runs around it."""
         inner = Observer()
         owner = self._inside[-1] if self._inside else self
         owner.nested.append((wrapper, inner))
@@ -194,12 +202,13 @@ def _store_nested(module: bridge.ToLinen, made: nnx.Module) -> None:
         if not isinstance(leaf, nnx.Variable):
             continue
         collection = collection_of(type(leaf))
-        top = module.get_variable(collection, path[0], {})
+        name = str(path[0])
+        top: Any = module.get_variable(collection, name, {})
         flat = nnx.traversals.flatten_mapping({path[0]: core.unfreeze(top)})
         if path not in flat and module.is_mutable_collection(collection):
             box = leaf.get_value() if module.metadata_fn is None else module.metadata_fn(leaf)
             nested = nnx.traversals.unflatten_mapping({**flat, path: box})
-            module.put_variable(collection, path[0], nested[path[0]])
+            module.put_variable(collection, name, nested[path[0]])
 
 
 def _is_to_linen_call(context: linen.module.InterceptorContext) -> bool:

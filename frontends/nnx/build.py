@@ -198,7 +198,8 @@ class Walker:
         import linsey.frontends.linen.build as linen_build
         from linsey.frontends.linen.observe import Observer
 
-        items, _ = _private.get_node_impl(wrapper).flatten(wrapper)
+        impl: Any = _private.get_node_impl(wrapper)
+        items, _ = impl.flatten(wrapper)
         own = Draft()
         variables: list[tuple[Path, nnx.Variable[Any]]] = []
         for key, element in items:
@@ -223,7 +224,7 @@ class Walker:
             raise LoweringError(
                 "found a ToNNX inside a ToLinen inside a ToNNX: flax cannot initialise or call it",
                 path=format_path(path),
-                fix="Hold the inner Linen module without wrappers: pass it to the Linen module above.",
+                fix="Hold the inner Linen module without wrappers, in the Linen module above.",
             )
         region = linen_build.Region(self._builder, number, path, observer)
         region.add_modules()
@@ -244,9 +245,9 @@ class Walker:
         draft.op, draft.source = was.op, was.source
         draft.attrs = list(was.attrs)
         draft.signatures = list(was.signatures)
-        for name, index in was.streams:
+        for stream, index in was.streams:
             use = parts.graph.streams[index].use
-            self._builder.path_stream(draft, name, at_call=use == "call")
+            self._builder.path_stream(draft, stream, at_call=use == "call")
         indices = {(parts.graph.slots[slot].collection, name): slot for name, slot in was.slots}
         for (collection, name), variable in parts.variables.items():
             slot = self._variable(variable, (*path, name))
@@ -259,8 +260,8 @@ class Walker:
                 self._restore_below(draft.children[name], parts.graph, known[name])
         if parts.own:
             own = Draft()
-            for name, value in parts.own.items():
-                self._item(own, name, value, (*path, name))
+            for attribute, value in parts.own.items():
+                self._item(own, attribute, value, (*path, attribute))
             draft.wrapper = Wrapper(
                 cls=self.encode(type(host)),
                 children=tuple(own.children.items()),
@@ -334,4 +335,3 @@ def _flat_variables(value: Any, path: Path) -> Iterator[tuple[Path, nnx.Variable
         return
     for key in sorted(value):
         yield from _flat_variables(value[key], (*path, key))
-

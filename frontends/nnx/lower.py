@@ -221,7 +221,7 @@ def _unready(model: Any) -> list[str]:
 
 
 def _lazy_init(model: Any, request: Request) -> None:
-    """Initialises the ToNNX wrappers of a model; watched, so that those inside a ToLinen are too."""
+    """Initialises the ToNNX wrappers of a model, those inside a ToLinen too: it is watched."""
 
     def concrete(leaf: Any) -> Any:
         is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
@@ -308,9 +308,7 @@ def _walk(
     builder = Builder()
     walker = Walker(builder, nested=nested)
     root = walker.add(model, ())
-    builder.nodes[root].signatures.extend(
-        signature(call, walker.encode) for call in calls.values()
-    )
+    builder.nodes[root].signatures.extend(signature(call, walker.encode) for call in calls.values())
     graph = builder.finish()
     return graph, [walker.values.get(number, _NO_VALUE) for number in range(len(graph.slots))]
 
@@ -340,5 +338,3 @@ def _same(graph: Graph, model: Any) -> Values:
             fix="Pass rngs with the same streams as to lower.",
         )
     return Values(slot_index(graph), tuple(found[slot.key] for slot in graph.slots))
-
-

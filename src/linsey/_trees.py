@@ -84,8 +84,15 @@ def fill(shape: Template, leaves: list[Any]) -> Any:
 def abstract(value: Any) -> Any:
     """A pytree with each array replaced by its shape, dtype and (if it has one) sharding."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf, value
+        lambda leaf: shape_struct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf, value
     )
+
+
+def shape_struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An abstract array."""
+    make: Any = jax.ShapeDtypeStruct  # its constructor is not annotated
+    made: jax.ShapeDtypeStruct = make(shape, dtype)
+    return made
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,9 @@ def key_dict(rngs: Any) -> dict[str, Any]:
     """PRNG keys by stream name, from whatever way of giving them.
 
     Args:
-        rngs: an int seed, a jax key (typed, or raw of dtype uint32), a mapping from stream to one of
-            these, or an `flax.nnx.Rngs`, each stream of which is drawn from once. A single key, and
-            a stream called ``default`` where there is no ``params``, is the stream ``params``.
+        rngs: an int seed, a jax key (typed, or raw of dtype uint32), a mapping from stream to one
+            of these, or an `flax.nnx.Rngs`, each stream of which is drawn from once. A single
+            key, and a stream called ``default`` where there is no ``params``, is the stream ``params``.
 
     Raises:
         LinseyError: it is none of these.

@@ -15,7 +15,12 @@ from linsey.program import Program
 
 
 def lower(
-    source: Any, *args: Any, rngs: Any = None, variables: Any = None, method: Any = None, **kwargs: Any
+    source: Any,
+    *args: Any,
+    rngs: Any = None,
+    variables: Any = None,
+    method: Any = None,
+    **kwargs: Any,
 ) -> Program:
     """Lowers a module to a program: one abstract trace, nothing allocated, nothing computed.
 
@@ -66,7 +71,12 @@ def _is_factory(source: Any) -> bool:
 
 
 def to_nnx(
-    source: Any, *args: Any, rngs: Any = None, variables: Any = None, method: Any = None, **kwargs: Any
+    source: Any,
+    *args: Any,
+    rngs: Any = None,
+    variables: Any = None,
+    method: Any = None,
+    **kwargs: Any,
 ) -> Any:
     """Converts a module to an NNX module with its values.
 
@@ -74,16 +84,16 @@ def to_nnx(
         source: as for `lower`.
         args: sample inputs, as for `lower`.
         rngs: as for `lower`. Linen values are initialised from them unless ``variables`` are given;
-            the streams but ``params`` stay in the model, as ``model.rngs``, for the calls that bring
-            no keys. ``params`` stays too where a call draws from a stream that was not given, since
+            the streams but ``params`` stay in the model, as ``model.rngs``, for the calls that
+            bring no keys. ``params`` stays too where a call draws from a stream that was not given, since
             Linen then falls back to it.
         variables: for Linen: the values at hand.
         method: as for `lower`.
         kwargs: keyword inputs.
 
     Returns:
-        An ``nnx.Module`` with the source's methods; see `linsey.backends.nnx.LinenHost` for one that
-        comes from Linen.
+        An ``nnx.Module`` with the source's methods; see `linsey.backends.nnx.LinenHost` for one
+        that comes from Linen.
 
     Raises:
         LoweringError, ValuesError, PluginError: as `lower`.
@@ -152,5 +162,3 @@ def to_linen(source: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[
         program = program.init(rngs)
     module, variables = program.emit("linen")
     return module, variables
-
-

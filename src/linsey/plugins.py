@@ -31,7 +31,8 @@ def _scan(group: str, path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
     for entry in entry_points(group=group):
         other = found.get(entry.name)
         if other is not None and other.value != entry.value:
-            owners = " and ".join(sorted(f"{_owner(each)} ({each.value})" for each in (other, entry)))
+            both = (f"{_owner(each)} ({each.value})" for each in (other, entry))
+            owners = " and ".join(sorted(both))
             raise PluginError(
                 f"two distributions claim the name: {owners}",
                 path=f"{group}:{entry.name}",
@@ -62,7 +63,7 @@ def load(group: str, name: str) -> Any:
         raise PluginError(
             f"nothing is registered under the name {name!r}; there are: {', '.join(entries)}",
             path=group,
-            fix=f"Install the package that provides it, or register it as an entry point of {group}.",
+            fix=f"Install the package that provides it, or register it under {group}.",
         )
     try:
         return entries[name].load()
@@ -91,7 +92,7 @@ def find_frontend(source: object) -> Any:
             continue
         if frontend.accepts(source):
             return frontend
-    error = PluginError(
+    refusal = PluginError(
         f"no frontend accepts a {type(source).__module__}.{type(source).__qualname__};"
         f" there are: {', '.join(known)}",
         path="linsey.lower",
@@ -99,5 +100,5 @@ def find_frontend(source: object) -> Any:
         f" under the entry-point group {group} (a linsey.frontends.Frontend).",
     )
     for line in broken:
-        error.add_note(line)
-    raise error
+        refusal.add_note(line)
+    raise refusal

@@ -33,7 +33,9 @@ def expected_warnings(case: NNXCase) -> Iterator[None]:
 
 def flat_state(module: Any) -> dict[Any, Any]:
     state = nnx.to_flat_state(nnx.state(module))
-    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in state}
+    return {
+        path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in state
+    }
 
 
 @pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
@@ -49,7 +51,9 @@ def test_emitting_into_nnx_gives_the_module_back(case: NNXCase) -> None:
         assert nnx.graphdef(nnx.merge(graphdef, state)) == expected_graphdef
 
 
-@pytest.mark.parametrize("case", [case for case in RUN if case.jittable], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in RUN if case.jittable], ids=lambda case: case.name
+)
 def test_the_executable_gives_nnx_numbers(case: NNXCase) -> None:
     with expected_warnings(case):
         call = case.call

@@ -17,8 +17,7 @@ def split_call(
     def merge(arrays: list[Any]) -> Any:
         rest = iter(arrays)
         together = [
-            leaf if static else next(rest)
-            for leaf, static in zip(leaves, is_static, strict=True)
+            leaf if static else next(rest) for leaf, static in zip(leaves, is_static, strict=True)
         ]
         return jax.tree.unflatten(tree, together)
 

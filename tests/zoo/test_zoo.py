@@ -78,7 +78,7 @@ def test_nnx_model(entry: ZooModel) -> None:
     args, kwargs = entry.inputs()
     model = make(nnx.Rngs(0))
     program = linsey.lower(make, rngs=nnx.Rngs(0)).init(nnx.Rngs(0))
-    graphdef, state = program.emit("nnx")
+    _, state = program.emit("nnx")
     assert_same(state, nnx.state(model))
     assert linsey.lower(model).graph == program.graph
 
