@@ -411,6 +411,7 @@ def rebuild(module: Any, values: Mapping[Path, Any]) -> Any:
         if impl is None:
             return obj
         if not isinstance(impl, _private.GraphNodeImpl):
+            items: Any
             items, metadata = impl.flatten(obj)
             parts = [(name, copy(value, (*path, name))) for name, value in items]
             return impl.unflatten(parts, metadata)

@@ -152,7 +152,8 @@ def key_dict(rngs: Any) -> dict[str, Any]:
     Args:
         rngs: an int seed, a jax key (typed, or raw of dtype uint32), a mapping from stream to one
             of these, or an `flax.nnx.Rngs`, each stream of which is drawn from once. A single
-            key, and a stream called ``default`` where there is no ``params``, is the stream ``params``.
+            key, and a stream called ``default`` where there is no ``params``, is the stream
+            ``params``.
 
     Raises:
         LinseyError: it is none of these.

@@ -85,8 +85,8 @@ def to_nnx(
         args: sample inputs, as for `lower`.
         rngs: as for `lower`. Linen values are initialised from them unless ``variables`` are given;
             the streams but ``params`` stay in the model, as ``model.rngs``, for the calls that
-            bring no keys. ``params`` stays too where a call draws from a stream that was not given, since
-            Linen then falls back to it.
+            bring no keys. ``params`` stays too where a call draws from a stream that was not given,
+            since Linen then falls back to it.
         variables: for Linen: the values at hand.
         method: as for `lower`.
         kwargs: keyword inputs.

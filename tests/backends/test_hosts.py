@@ -74,7 +74,7 @@ class Clashing(nn.Module):
 
     def setup(self) -> None:
         self.rngs = nn.Dense(3)
-        self.split = nn.Dense(3)
+        self.set_attributes = nn.Dense(3)
         self.train = self.param("eval", nn.initializers.normal(), (3,))
         self.gain = self.param("gain", nn.initializers.ones, (3,))
         self.seen = self.variable("stats", "gain", jnp.zeros, (3,))
@@ -85,7 +85,7 @@ class Clashing(nn.Module):
 
     def __call__(self, x: Any) -> Any:
         self.seen.value = self.seen.value + x.sum(0)
-        return self.sow_it(self.split(self.rngs(x))) + self.train * self.other
+        return self.sow_it(self.set_attributes(self.rngs(x))) + self.train * self.other
 
 
 class Method(nn.Module):
@@ -175,7 +175,7 @@ def test_names_that_clash_work_and_round_trip(module: nn.Module) -> None:
 def test_a_name_that_is_taken_says_what_it_is() -> None:
     model = linsey.to_nnx(Clashing(), X, rngs=0)
     assert isinstance(model.rngs__module.kernel, nnx.Param)
-    assert isinstance(model.split__module, nnx.Module)
+    assert isinstance(model.set_attributes__module, nnx.Module)
     assert isinstance(model.eval__params, nnx.Param)
     assert isinstance(model.gain, nnx.Param)
     assert not isinstance(model.gain__stats, nnx.Param)
