@@ -14,6 +14,8 @@ from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, describe, slot_index
 
 _EMPTY: dict[str, Any] = {}
+_ARRAY_TYPES: set[type] = set()
+"""The types of concrete arrays met so far: a set look-up is faster than ``isinstance``."""
 
 
 class Executable:
@@ -56,7 +58,10 @@ class Executable:
         self._mutable = _with_capture(self._run, mutable, capture)
         self._capture = capture
         self._donate = donate
-        self._fast = jax.jit(self._traced_plain)
+        self._fast = jax.jit(lambda arrays, *args: self._traced(arrays, args, _EMPTY, None))
+        self._fast_keyed = jax.jit(
+            lambda arrays, keys, *args: self._traced(arrays, args, _EMPTY, keys)
+        )
         self._compiled: dict[Any, Any] = {}
         self._jitted_init: Any = None
 
@@ -103,16 +108,18 @@ class Executable:
         index = getattr(values, "index", None)
         if index is not self._index and index != self._index:
             raise _not_ours(index, self._index)
-        keys = rngs
-        if rngs is not None and type(rngs) is not dict:
-            keys = _trees.key_dict(rngs)
+        # What follows is paid at every call: a microsecond in all.
         for arg in args:
-            if not isinstance(arg, jax.Array):
-                return self._static_call(values, args, kwargs, keys)
+            if type(arg) not in _ARRAY_TYPES and not _is_array(arg):
+                return self._static_call(values, args, kwargs, rngs)
         if kwargs or self._donate:
-            return self._static_call(values, args, kwargs, keys)
-        output, changed = self._fast(values.arrays, args, keys)
-        return output, self._updated(values, changed) if changed else values
+            return self._static_call(values, args, kwargs, rngs)
+        if rngs is None:
+            output, changed = self._fast(values.arrays, *args)
+        else:
+            keys = rngs if type(rngs) is dict else _trees.key_dict(rngs)
+            output, changed = self._fast_keyed(values.arrays, keys, *args)
+        return output, values if changed is None else self._updated(values, changed)
 
     def _updated(self, values: Values, changed: Mapping[int, Any]) -> Values:
         arrays = list(values.arrays)
@@ -121,9 +128,10 @@ class Executable:
         return Values(self._index, tuple(arrays))
 
     def _static_call(
-        self, values: Values, args: tuple[Any, ...], kwargs: dict[str, Any], keys: Any
+        self, values: Values, args: tuple[Any, ...], kwargs: dict[str, Any], rngs: Any
     ) -> tuple[Any, Values]:
         """A call with static arguments, or with donation."""
+        keys = None if rngs is None else _trees.key_dict(rngs)
         arguments = _trees.Arguments.split(args, kwargs)
         signature = (arguments.treedef, arguments.static)
         try:
@@ -138,7 +146,7 @@ class Executable:
             compiled = self._compile(arguments, values, keys)
             self._compiled[_strict(signature)] = compiled
         output, changed = compiled(values.arrays, arguments.dynamic, keys)
-        return output, self._updated(values, changed) if changed else values
+        return output, values if changed is None else self._updated(values, changed)
 
     def _compile(self, arguments: _trees.Arguments, values: Values, keys: Any) -> Any:
         def traced(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
@@ -148,14 +156,12 @@ class Executable:
         if not self._donate:
             return jax.jit(traced)
         changed = jax.eval_shape(traced, values.arrays, arguments.dynamic, keys)[1]
-        return _Donating(traced, tuple(changed), len(values.arrays))
-
-    def _traced_plain(self, arrays: tuple[Any, ...], args: tuple[Any, ...], keys: Any) -> Any:
-        return self._traced(arrays, args, _EMPTY, keys)
+        return _Donating(traced, tuple(changed or ()), len(values.arrays))
 
     def _traced(
         self, arrays: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], keys: Any
-    ) -> tuple[Any, dict[int, Any]]:
+    ) -> tuple[Any, dict[int, Any] | None]:
+        """What is compiled: the output, and the slots that changed, or None when none did."""
         rngs = None if keys is None else _trees.key_dict(keys)
         try:
             called = self._run(
@@ -172,7 +178,7 @@ class Executable:
             slot: new
             for slot, (old, new) in enumerate(zip(arrays, called.arrays, strict=True))
             if new is not old
-        }
+        } or None
         if not self._capture:
             return called.output, changed
         captured = {name: called.extra.get(name, {}) for name in self._capture}
@@ -221,6 +227,14 @@ def _name(graph: Graph, method: Any) -> str:
     cls = "root" if source is None else describe(source.cls)
     called = method if isinstance(method, str) else getattr(method, "__name__", "__call__")
     return f"{cls}.{called}"
+
+
+def _is_array(arg: Any) -> bool:
+    if not isinstance(arg, jax.Array):
+        return False
+    if not isinstance(arg, jax.core.Tracer):
+        _ARRAY_TYPES.add(type(arg))
+    return True
 
 
 def _getter(slots: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -88,14 +88,18 @@ class Clashing(nn.Module):
         return self.sow_it(self.set_attributes(self.rngs(x))) + self.train * self.other
 
 
-class Method(nn.Module):
-    """A child and a variable that are named like methods."""
+class Shadowing(nn.Module):
+    """A child and a parameter that are named like methods, its own and those of NNX."""
 
-    @nn.compact
+    def setup(self) -> None:
+        self.encode = nn.Dense(3)
+        self.iter_modules = self.param("iter_modules", nn.initializers.ones, (3,))
+
+    def encode(self, x: Any) -> Any:
+        raise NotImplementedError  # Linen takes the attribute that setup made
+
     def __call__(self, x: Any) -> Any:
-        x = nn.Dense(3, name="__call__x")(x)
-        x = nn.Dense(3, name="sow")(x) if False else nn.Dense(3, name="helper_")(x)
-        return x * self.param("get_state", nn.initializers.ones, (3,))
+        return self.encode(x) * self.iter_modules
 
 
 class Sowing(nn.Module):
@@ -157,7 +161,7 @@ def test_every_method_can_be_called() -> None:
     assert_same(model(X, method=Coder.encode), z)
 
 
-@pytest.mark.parametrize("module", [Clashing(), Method()], ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("module", [Clashing(), Shadowing()], ids=lambda module: type(module).__name__)
 def test_names_that_clash_work_and_round_trip(module: nn.Module) -> None:
     variables = module.init(jax.random.key(0), X)
     model = linsey.to_nnx(module, X, rngs=0)
@@ -179,7 +183,9 @@ def test_a_name_that_is_taken_says_what_it_is() -> None:
     assert isinstance(model.eval__params, nnx.Param)
     assert isinstance(model.gain, nnx.Param)
     assert not isinstance(model.gain__stats, nnx.Param)
-    assert isinstance(linsey.to_nnx(Method(), X, rngs=0).get_state, nnx.Param)
+    other = linsey.to_nnx(Shadowing(), X, rngs=0)
+    assert isinstance(other.iter_modules__params, nnx.Param)
+    assert isinstance(other.encode__module.kernel, nnx.Param)
 
 
 def test_keys_given_at_call_are_used_as_module_apply_does() -> None:
@@ -201,8 +207,18 @@ def test_own_streams_are_drawn_from_when_a_call_brings_no_keys() -> None:
         assert_same(found, Noisy().apply(variables, X, rngs=rngs))
     assert "params" not in model.rngs
 
-    nnx.reseed(model, dropout=1)
-    assert_same([model(X) for _ in range(2)], outputs)
+
+
+def test_reseeding_repeats_the_draws() -> None:
+    model = linsey.to_nnx(Noisy(), X, rngs={"params": 0, "dropout": 1})
+    runs = []
+    for _ in range(2):
+        nnx.reseed(model, dropout=1)
+        runs.append([model(X) for _ in range(2)])
+    assert_same(runs[1], runs[0])
+    assert not jnp.array_equal(*runs[0])
+    nnx.reseed(model, dropout=2)
+    assert not jnp.array_equal(model(X), runs[0][0])
 
 
 def test_streams_come_from_nnx_rngs_too() -> None:
@@ -319,7 +335,7 @@ def test_nnx_split_rngs_gives_each_its_keys() -> None:
         return model(x)
 
     streams = nnx.Rngs(dropout=1)
-    keys = streams.fork(split=3).dropout.key.get_value()
+    keys = streams.split(3).dropout.key.get_value()
 
     @jax.vmap
     def expected(key: Any, x: Any) -> Any:
@@ -393,7 +409,7 @@ def test_a_child_of_a_scanned_region_cannot_be_called_alone() -> None:
     with pytest.raises(linsey.LinseyError) as caught:
         model.layers.Dense_0(X)
     assert str(caught.value) == (
-        "at layers/Dense_0: its values are stacked (axis:0=4) by the transform that layers runs\n"
+        "at layers/Dense_0: its values are stacked (axis:0=4) by the transform that the root runs\n"
         "Call the module that runs the transform; it gives this one its slices."
     )
 
