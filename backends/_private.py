@@ -46,3 +46,10 @@ def no_parent() -> Iterator[None]:
         yield
     finally:
         stack.pop()
+
+
+def is_watched() -> bool:
+    """Whether somebody intercepts Linen's methods, captures intermediates or tabulates."""
+    context = linen_module._context
+    stacks = (linen_module._global_interceptor_stack, context.capture_stack)
+    return any(len(stack) > 0 for stack in stacks) or bool(context.call_info_stack)

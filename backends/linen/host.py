@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen
 from flax.core import meta
 
+from linsey.backends import _private
 from linsey.backends._decode import RNG_COLLECTIONS, placeholder
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan
@@ -45,9 +47,8 @@ class NNXHost(linen.Module):
             cls = _class(spec)
             method = getattr(cls, name, None)
             if callable(method) and not hasattr(linen.Module, name):
-                function = functools.partial(_method, self, name)
-                function.__self__ = self  # type: ignore[attr-defined]
-                return function
+                # A bound method, so that `apply(method=...)` can bind it to another scope.
+                return types.MethodType(functools.partial(_method, name), self)
         return super().__getattr__(name)
 
     @linen.nowrap
@@ -60,7 +61,7 @@ class NNXHost(linen.Module):
             )
         plan = _plan(self.spec)
         given = self._given_streams()
-        values = self._values(optional=bool(given))
+        values = self._values(self._stored, optional=bool(given))
         keys = {name: self.make_rng(name) for name in given}
         called = override_streams(self.spec.graph, values, keys) if keys else values
         module = plan.build(called)
@@ -83,11 +84,35 @@ class NNXHost(linen.Module):
         return [name for name in self.scope.rngs if name in known or (known and name != "params")]
 
     @linen.nowrap
-    def _values(self, *, optional: bool) -> list[Any]:
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method; see ``linen.Module.apply``.
+
+        A plain call (no ``rngs``, nothing mutable, nobody watching) does not go through Linen's
+        scopes, which would cost more than a small module itself.
+        """
+        options = {"rngs": None, "mutable": False, "capture_intermediates": False}
+        is_plain = all(kwargs.get(name, value) == value for name, value in options.items())
+        method = kwargs.get("method")
+        if not is_plain or _private.is_watched() or not (method is None or isinstance(method, str)):
+            return super().apply(variables, *args, **kwargs)
+        call = {k: v for k, v in kwargs.items() if k not in options and k != "method"}
+
+        def stored(collection: str, name: str) -> Any:
+            return variables.get(collection, {}).get(name, _MISSING)
+
+        module = _plan(self.spec).build(self._values(stored, optional=False))
+        return getattr(module, method or "__call__")(*args, **call)
+
+    @linen.nowrap
+    def _stored(self, collection: str, name: str) -> Any:
+        return self.get_variable(collection, name, _MISSING)
+
+    @linen.nowrap
+    def _values(self, stored: Callable[[str, str], Any], *, optional: bool) -> list[Any]:
         slots = self.spec.graph.slots
         values: list[Any] = [None] * len(slots)
         for slot, (collection, *path) in _places(self.spec).items():
-            value: Any = self.get_variable(str(collection), str(path[0]), _MISSING)
+            value = stored(str(collection), str(path[0]))
             for name in path[1:]:
                 value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
             if value is _MISSING:
@@ -125,7 +150,7 @@ class NNXHost(linen.Module):
                     self.put_variable(collection, str(name), value)
 
 
-def _method(host: NNXHost, name: str, *args: Any, **kwargs: Any) -> Any:
+def _method(name: str, host: NNXHost, *args: Any, **kwargs: Any) -> Any:
     return host._run(name, args, kwargs)
 
 

@@ -161,7 +161,9 @@ def test_every_method_can_be_called() -> None:
     assert_same(model(X, method=Coder.encode), z)
 
 
-@pytest.mark.parametrize("module", [Clashing(), Shadowing()], ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize(
+    "module", [Clashing(), Shadowing()], ids=lambda module: type(module).__name__
+)
 def test_names_that_clash_work_and_round_trip(module: nn.Module) -> None:
     variables = module.init(jax.random.key(0), X)
     model = linsey.to_nnx(module, X, rngs=0)
@@ -206,7 +208,6 @@ def test_own_streams_are_drawn_from_when_a_call_brings_no_keys() -> None:
         rngs = {"dropout": key_of("dropout", count, 1)}
         assert_same(found, Noisy().apply(variables, X, rngs=rngs))
     assert "params" not in model.rngs
-
 
 
 def test_reseeding_repeats_the_draws() -> None:

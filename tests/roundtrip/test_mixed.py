@@ -27,7 +27,7 @@ def surroundings(case: MixedCase) -> Iterator[None]:
             stack.enter_context(nnx.use_eager_sharding(False))
         if case.warns is not None:
             stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message=f".*(?:{case.warns})")
+            warnings.filterwarnings("ignore", message=f"(?s).*(?:{case.warns})")
         yield
 
 

@@ -27,7 +27,7 @@ def expected_warnings(case: NNXCase) -> Iterator[None]:
         yield
     else:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=f".*(?:{case.warns})")
+            warnings.filterwarnings("ignore", message=f"(?s).*(?:{case.warns})")
             yield
 
 
