@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from flax.core import lift, meta, scope
+from flax.linen import transforms
 from flax.nnx import graphlib
 from flax.nnx.bridge import wrappers
 
@@ -32,11 +33,17 @@ class Watcher:
         """A lifted transform is about to stack variables along a new axis."""
         return tree, params
 
+    def lift(self, module: Any) -> None:
+        """A lifted transform runs a method of `module`, the outermost instance."""
+
+    def close(self, path: tuple[str, ...]) -> None:
+        """A scope ends; when a lifted transform does, that of the module which runs it."""
+
     def mark_axis(self, params: dict[Any, Any]) -> dict[Any, Any]:
         """A lifted transform is about to slice variables along a stacked axis."""
         return params
 
-    def call_to_nnx(self, wrapper: Any, run: Callable[[], Any]) -> Any:
+    def call_to_nnx(self, wrapper: Any, run: functools.partial[Any]) -> Any:
         """A ``bridge.ToNNX`` is called."""
         return run()
 
@@ -59,6 +66,12 @@ _originals: dict[tuple[Any, str], Any] = {
     # lift calls `meta.add_axis(variables, axis, params)` for each group that a transform stacks.
     # Only what lift sees is replaced: elsewhere the same function names axes that no array has.
     (lift, "meta"): meta,
+    # Class transforms leave the outer call unintercepted: flax takes it for wrapped already.
+    (transforms, "get_module_scopes"): transforms.get_module_scopes,
+    # ``nn.jit`` runs the jitted function inside this block: traced before, its Python code, and so
+    # all that is in it, would not be seen.
+    (transforms, "fork_rngs"): transforms.fork_rngs,
+    (scope.Scope, "invalidate"): scope.Scope.invalidate,
     # The moment at which NNX code enters Linen code; NNX calls cannot be intercepted.
     (wrappers.ToNNX, "__call__"): wrappers.ToNNX.__call__,
 }
@@ -85,6 +98,30 @@ def _param(self: Any, name: str, init_fn: Any, *args: Any, **kwargs: Any) -> Any
         return original(self, name, init_fn, *args, **kwargs)
     finally:
         _active.in_param -= 1
+
+
+def _get_module_scopes(module: Any, args: Any = None, kwargs: Any = None) -> Any:
+    if _active.watcher is not None:
+        _active.watcher.lift(module)
+    return _originals[transforms, "get_module_scopes"](module, args, kwargs)
+
+
+# A distinct value of this context makes jax.jit trace again, where it would use what it kept.
+_make_context: Any = jax.make_user_context  # not annotated
+_fresh = _make_context(default_value=None)
+
+
+@contextlib.contextmanager
+def _fork_rngs(module: Any) -> Iterator[None]:
+    again = contextlib.nullcontext() if _active.watcher is None else _fresh(object())
+    with again, _originals[transforms, "fork_rngs"](module):
+        yield
+
+
+def _invalidate(self: Any) -> None:
+    if _active.watcher is not None:
+        _active.watcher.close(self.path)
+    _originals[scope.Scope, "invalidate"](self)
 
 
 class _Meta:
@@ -114,6 +151,9 @@ _replacements = {
     (scope.Scope, "make_rng"): _make_rng,
     (scope.Scope, "param"): _param,
     (lift, "meta"): _Meta(),
+    (transforms, "get_module_scopes"): _get_module_scopes,
+    (transforms, "fork_rngs"): _fork_rngs,
+    (scope.Scope, "invalidate"): _invalidate,
     (wrappers.ToNNX, "__call__"): _call_to_nnx,
 }
 
@@ -138,17 +178,6 @@ def watching(watcher: Watcher) -> Iterator[None]:
                     setattr(owner, name, original)
 
 
-# A distinct value of this context makes jax.jit trace again, where it would use what it kept.
-_make_context: Any = jax.make_user_context  # not annotated
-_fresh = _make_context(default_value=None)
-
-
-def retraced(run: Callable[[], Any]) -> Any:
-    """Runs a call with no use of earlier traces, so that everything in it can be observed."""
-    with _fresh(object()):
-        return run()
-
-
 def _closure(function: Any) -> dict[str, Any]:
     """The captured variables of a function."""
     code = getattr(function, "__code__", None)
@@ -170,13 +199,6 @@ def _innermost(function: Any, maker: str) -> Any:
             return function
         function = getattr(function, "__wrapped__", None)
     return None
-
-
-def is_jitted(method: Any) -> bool:
-    """Whether a Linen method is, or is made by, ``nn.jit``: it may skip its Python code."""
-    function = getattr(method, "__func__", getattr(method, "func", method))
-    makers = ("module_class_lift_transform_cached.", "decorator_lift_transform_cached.")
-    return any(_innermost(function, maker) is not None for maker in makers)
 
 
 def transformed_class(cls: type, encode: Encoder) -> AttrValue | None:

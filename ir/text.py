@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from linsey.ir.attributes import Ref, describe
+from linsey.ir.attributes import AttrValue, Call, Ref, describe
 from linsey.ir.graph import Graph, Node, Signature, Slot, TensorType, TreeType
 from linsey.ir.paths import Key, Path, format_path
 
@@ -59,7 +59,7 @@ def _node_lines(graph: Graph) -> Iterator[str]:
 def _head(node: Node) -> str:
     if node.source is None:
         return node.op
-    text = f"{node.source.dialect}.{describe(node.source.cls)}"
+    text = f"{node.source.dialect}.{_class(node.source.cls)}"
     shown = [
         f"{name}={value}"
         for name, attr in node.attrs
@@ -74,6 +74,14 @@ def _head(node: Node) -> str:
     if node.streams:
         text += f" draws {', '.join(name for name, _ in node.streams)}"
     return text
+
+
+def _class(cls: AttrValue) -> str:
+    """A class, or how one was made: ``vmap(scan(Block))``."""
+    if isinstance(cls, Call) and cls.args:
+        inner = ", ".join(map(_class, cls.args[1:]))
+        return f"{describe(cls.args[0])}({inner})"
+    return describe(cls)
 
 
 def _slot(slot: Slot, name: Key, *, is_alias: bool) -> str:

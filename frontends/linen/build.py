@@ -12,8 +12,21 @@ from flax import linen, nnx
 import linsey.frontends.nnx.build as nnx_build
 from linsey import _trees
 from linsey.frontends._builder import Builder
-from linsey.frontends._encode import EPHEMERAL, FlaxEncoder, collection_of, linen_variable
-from linsey.frontends.linen.observe import Call, LinenPath, Module, Observer, StackBox
+from linsey.frontends._encode import (
+    EPHEMERAL,
+    FlaxEncoder,
+    collection_of,
+    linen_variable,
+    unboxed,
+)
+from linsey.frontends.linen.observe import (
+    Call,
+    LinenPath,
+    Module,
+    Observer,
+    StackBox,
+    observing,
+)
 from linsey.ir import (
     Encoder,
     LoweringError,
@@ -68,8 +81,8 @@ class Region:
         if seen.nnx is not None:
             return  # its node is that of the NNX module; `add_nnx` fills it
         draft.op = "module"
-        draft.source = Source(dialect="linen", cls=self.encode(type(seen.instance)))
-        if path:  # the root's attributes come from the module that the user gave
+        if path:  # the root's class and attributes are those of the module that the user gave
+            draft.source = Source(dialect="linen", cls=self.encode(type(seen.instance)))
             draft.attrs.extend(self.encode.fields(seen.instance))
         draft.signatures.extend(signature(call, self.encode) for call in seen.calls.values())
 
@@ -195,6 +208,46 @@ def _slot(collection: str, path: Path, value: Any, encode: Encoder) -> Slot:
         lifetime="ephemeral" if collection in EPHEMERAL else "persistent",
         box=found.box,
     )
+
+
+def observed_stacks(module: linen.Module, call: Call) -> dict[tuple[str, Path], Any]:
+    """The stacked axes of the variables that a module would make in one call.
+
+    For a module inside a ToNNX: its variables are NNX's, which nobody tells of an axis. So its init
+    is traced once more, by itself.
+
+    Args:
+        module: the unbound module.
+        call: a call of it that was observed.
+    """
+    observer = Observer()
+    arguments = _trees.Arguments.split(call.args, call.kwargs)
+    kept: list[Any] = []
+
+    def init(keys: dict[str, Any], dynamic: tuple[Any, ...]) -> Any:
+        args, kwargs = arguments.merge(dynamic)
+        kept.append(module.init(keys, *args, method=call.method, **kwargs))
+        return ()
+
+    try:
+        with observing(observer):
+            jax.eval_shape(init, _trees.key_dict(0), _trees.abstract(arguments.dynamic))
+    except Exception:  # it can only be called with variables at hand: nothing is known then
+        return {}
+    found: dict[tuple[str, Path], Any] = {}
+
+    def walk(collection: str, path: Path, value: Any) -> None:
+        if isinstance(value, StackBox):
+            kind = _trees.value_type(unboxed(value.value))
+            if isinstance(kind, TensorType):
+                found[collection, path] = _stack(value.stack, kind.shape)
+        elif isinstance(value, Mapping):
+            for name, below in value.items():
+                walk(collection, (*path, as_key(name)), below)
+
+    for collection, tree in kept[0].items():
+        walk(collection, (), tree)
+    return found
 
 
 def _stack(

@@ -23,7 +23,7 @@ LinenPath = tuple[str, ...]
 class Call:
     """One observed call of one module."""
 
-    method: str
+    method: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
@@ -84,7 +84,9 @@ class Observer(_private.Watcher):
         self.variables: dict[tuple[str, LinenPath, str], None] = {}
         self.nested: list[tuple[Any, Observer]] = []
         """The ``bridge.ToNNX`` objects that were called, each with what ran inside it."""
-        self._active: list[LinenPath] = []
+        self.entry: Call | None = None
+        """Inside a ToNNX: the call of it."""
+        self._closed: LinenPath = ()
         self._inside: list[Observer] = []
         self.failed_at: LinenPath | None = None
 
@@ -114,14 +116,29 @@ class Observer(_private.Watcher):
         )
         return boxed, self.mark_axis(params)
 
+    def lift(self, module: linen.Module) -> None:
+        """Keeps the outermost instance of a lifted class: its methods are not intercepted."""
+        inside = self._inside[-1] if self._inside else self
+        if module.scope is not None:
+            inside.modules.setdefault(module.scope.path, Module(module))
+
+    def close(self, path: LinenPath) -> None:
+        """Keeps the path of the scope that ended last: that of a lift which is about to stack."""
+        (self._inside[-1] if self._inside else self)._closed = path
+
     def mark_axis(self, params: dict[Any, Any]) -> dict[Any, Any]:
         """Adds the owner of a lift to its metadata parameters."""
         inside = self._inside[-1] if self._inside else self
-        return {**params, StackBox: inside._active[-1] if inside._active else ()}
+        return {**params, StackBox: inside._closed}
 
-    def call_to_nnx(self, wrapper: Any, run: Callable[[], Any]) -> Any:
+    def call_to_nnx(self, wrapper: Any, run: functools.partial[Any]) -> Any:
         """Observes what runs inside a ToNNX apart from what runs around it."""
         inner = Observer()
+        args, kwargs = run.args[1:], dict(run.keywords)
+        method = kwargs.pop("method", None)
+        own = {"rngs", "mutable"}
+        kept = {name: value for name, value in kwargs.items() if name not in own}
+        inner.entry = Call(method, args, kept)
         owner = self._inside[-1] if self._inside else self
         owner.nested.append((wrapper, inner))
         self._inside.append(inner)
@@ -145,24 +162,20 @@ class Observer(_private.Watcher):
             seen = self.modules[path] = Module(module)
         if isinstance(module, bridge.ToLinen) and _is_to_linen_call(context):
             run = functools.partial(self._call_to_linen, seen, module, run)
-        self._active.append(path)
         try:
             # flax checks `setup` by calling a lambda of its own on the module.
             is_own = context.method_name in ("setup", "<lambda>")
-            if is_own or context.method_name in seen.calls:
+            # Inside a lifted class the values are slices: that call is not the node's.
+            is_slice = type(module) is not type(seen.instance)
+            if is_own or is_slice or context.method_name in seen.calls:
                 return run(*args, **kwargs)
             call = seen.calls[context.method_name] = Call(context.method_name, args, kwargs)
-            if _private.is_jitted(context.orig_method):
-                call.output = _private.retraced(functools.partial(run, *args, **kwargs))
-            else:
-                call.output = run(*args, **kwargs)
+            call.output = run(*args, **kwargs)
             return call.output
         except BaseException:
             if self.failed_at is None:
                 self.failed_at = path
             raise
-        finally:
-            self._active.pop()
 
     def _call_to_linen(
         self, seen: Module, module: bridge.ToLinen, run: Any, *args: Any, **kwargs: Any

@@ -25,6 +25,7 @@ from linsey.ir import (
     Sequence,
     Slot,
     Source,
+    StackAxis,
     Wrapper,
     as_key,
     decode,
@@ -236,6 +237,17 @@ class Walker:
             if (collection_of(type(variable)), below) not in inner:
                 region.bind(below, slot)
         region.add_nnx(lambda collection, below: slots.get((collection, below)))
+        if observer.entry is not None:
+            stacks = linen_build.observed_stacks(wrapper.to_nnx__module, observer.entry)
+            for place, stack in stacks.items():
+                if place in slots:
+                    self._stack(slots[place], path, stack)
+
+    def _stack(self, number: int, path: Path, stack: tuple[StackAxis, ...]) -> None:
+        """Gives a slot the axes that Linen code below `path` stacks it by."""
+        placed = tuple(dataclasses.replace(axis, owner=(*path, *axis.owner)) for axis in stack)
+        slot = dataclasses.replace(self._builder.slots[number], stack=placed)
+        self._builder.slots[number] = slot
 
     def _host(self, host: Host, path: Path, number: int) -> None:
         """Adds the node that an emitted module was emitted from, as it is now."""

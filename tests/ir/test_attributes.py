@@ -1,0 +1,596 @@
+"""Static objects as data: what goes in comes out, and equality is that of the content."""
+
+import collections
+import dataclasses
+import enum
+import functools
+import math
+import operator
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from compare import assert_same
+from flax import linen as nn
+from flax import nnx
+from flax.core import FrozenDict
+
+from linsey.ir import (
+    ABSENT,
+    Array,
+    AttrValue,
+    Call,
+    Const,
+    Decoder,
+    DType,
+    Encoder,
+    EnumValue,
+    Instance,
+    LinseyError,
+    Live,
+    Map,
+    NodeRef,
+    Ref,
+    Sequence,
+    decode,
+    describe,
+    encode,
+)
+
+
+class Color(enum.Enum):
+    RED = "red"
+    GREEN = "green"
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class Mode(enum.Flag):
+    READ = enum.auto()
+    WRITE = enum.auto()
+
+
+class Point(NamedTuple):
+    x: int
+    y: Any = 0
+
+
+@dataclasses.dataclass
+class Config:
+    width: int = 3
+    child: Any = None
+    derived: int = dataclasses.field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.derived = 2 * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    name: str
+    sizes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(eq=False)
+class Tree:
+    parent: Any = None
+    children: list[Any] = dataclasses.field(default_factory=list)
+
+
+class Outer:
+    class Inner:
+        pass
+
+    @staticmethod
+    def static() -> None:
+        pass
+
+
+class Opaque:
+    """Neither importable nor a dataclass."""
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+
+def double(x: Any) -> Any:
+    return 2 * x
+
+
+def power_of(exponent: Any) -> Callable[[Any], Any]:
+    return lambda x: x**exponent
+
+
+def with_default(value: Any) -> Callable[..., Any]:
+    return lambda x, scale=value, *, shift=value: x * scale + shift
+
+
+def local_class() -> type:
+    class Local:
+        pass
+
+    return Local
+
+
+def stripped(value: Any) -> Any:
+    """A value as it would be after loading: with no live object anywhere in it."""
+    if isinstance(value, tuple):
+        return tuple(map(stripped, value))
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    names = [field.name for field in dataclasses.fields(value)]
+    parts = {name: stripped(getattr(value, name)) for name in names if name != "live"}
+    if "live" in names:
+        parts["live"] = ABSENT
+    return dataclasses.replace(value, **parts)
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    """Equality with types, for objects that say nothing about equality themselves too."""
+    assert type(found) is type(expected)
+    if isinstance(expected, np.ndarray | jax.Array):
+        assert_same(found, expected)
+    elif isinstance(expected, float | complex):
+        assert repr(found) == repr(expected)
+    elif isinstance(expected, functools.partial):
+        for name in ("func", "args", "keywords"):
+            assert_equal(getattr(found, name), getattr(expected, name))
+    elif isinstance(expected, tuple | list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other)
+    elif isinstance(expected, dict | FrozenDict):
+        assert_equal(list(found.items()), list(expected.items()))
+    else:
+        assert found == expected
+
+
+CONSTANTS = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -(10**30),
+    0.0,
+    -0.0,
+    1.0,
+    1e300,
+    math.inf,
+    math.nan,
+    1j,
+    complex(-0.0, math.nan),
+    "",
+    "text",
+    "é\n",
+    b"",
+    b"\x00\xff",
+    ...,
+]
+
+OBJECTS: list[tuple[str, Callable[[], Any], type]] = [
+    ("dtype", lambda: np.dtype("int8"), DType),
+    ("dtype-bfloat16", lambda: np.dtype(ml_dtypes.bfloat16), DType),
+    ("dtype-float8", lambda: np.dtype(ml_dtypes.float8_e4m3fn), DType),
+    ("scalar-type", lambda: jnp.float32, Ref),
+    ("scalar-type-bfloat16", lambda: jnp.bfloat16, Ref),
+    ("numpy-scalar-type", lambda: np.float32, Ref),
+    ("numpy-scalar", lambda: np.float32(0.5), object),
+    ("enum", lambda: Color.GREEN, EnumValue),
+    ("int-enum", lambda: Level.LOW, EnumValue),
+    ("flag", lambda: Mode.READ, EnumValue),
+    ("flags-together", lambda: Mode.READ | Mode.WRITE, object),
+    ("enum-of-jax", lambda: jax.lax.Precision.HIGHEST, EnumValue),
+    ("function", lambda: double, Ref),
+    ("builtin-function", lambda: math.sin, Ref),
+    ("jitted-function", lambda: jax.nn.relu, Ref),
+    ("jax-function", lambda: jnp.tanh, Ref),
+    ("static-method", lambda: Outer.static, Ref),
+    ("class", lambda: Config, Ref),
+    ("nested-class", lambda: Outer.Inner, Ref),
+    ("builtin-class", lambda: int, Ref),
+    ("partial", lambda: functools.partial(double, 3), Call),
+    ("partial-of-keywords", lambda: functools.partial(Config, width=7, child="x"), Call),
+    ("partial-of-partial-args", lambda: functools.partial(max, (1, 2), key=math.sin), Call),
+    ("tuple", lambda: (1, "a", (2.0,)), Sequence),
+    ("empty-tuple", lambda: (), Sequence),
+    ("list", lambda: [1, [2], None], Sequence),
+    ("set", lambda: {3, 1, 2}, Sequence),
+    ("frozenset", lambda: frozenset({"b", "a"}), Sequence),
+    ("dict", lambda: {"b": 1, "a": {0: [2]}}, Map),
+    ("dict-with-tuples-for-keys", lambda: {("a", 1): 2, None: 3}, Map),
+    ("ordered-dict", lambda: collections.OrderedDict(b=1, a=2), Map),
+    ("default-dict", lambda: collections.defaultdict(list, a=[1]), object),
+    ("frozen-dict", lambda: FrozenDict({"a": {"b": 1}}), Map),
+    ("named-tuple", lambda: Point(1, "y"), Instance),
+    ("dataclass", lambda: Config(4, child=Config(5)), Instance),
+    ("frozen-dataclass", lambda: Frozen("a", (1, 2)), Instance),
+    ("numpy-array", lambda: np.arange(6, dtype=np.int16).reshape(2, 3), Array),
+    ("numpy-fortran-array", lambda: np.asfortranarray(np.arange(6.0).reshape(2, 3)), Array),
+    ("numpy-bfloat16-array", lambda: np.ones(3, ml_dtypes.bfloat16), Array),
+    ("numpy-scalar-array", lambda: np.asarray(math.nan), Array),
+    ("numpy-empty-array", lambda: np.zeros((0, 3)), Array),
+    ("numpy-bool-array", lambda: np.asarray([True, False]), Array),
+    ("jax-array", lambda: jnp.arange(3.0), Array),
+    ("jax-bfloat16-array", lambda: jnp.ones((2, 2), jnp.bfloat16), Array),
+    ("unbound-linen-fields", lambda: {"init": nn.initializers.zeros, "dtype": jnp.float16}, Map),
+]
+IDS = [name for name, _, _ in OBJECTS]
+
+CLOSURES: list[tuple[str, Callable[[], Any]]] = [
+    ("normal", lambda: jax.nn.initializers.normal(0.02)),
+    ("uniform", lambda: jax.nn.initializers.uniform(0.1, jnp.bfloat16)),
+    ("truncated-normal", lambda: jax.nn.initializers.truncated_normal(lower=-1.0)),
+    ("constant", lambda: jax.nn.initializers.constant(3.0)),
+    ("variance-scaling", lambda: jax.nn.initializers.variance_scaling(2.0, "fan_out", "uniform")),
+    ("lecun-normal", lambda: jax.nn.initializers.lecun_normal()),
+    ("he-uniform", lambda: jax.nn.initializers.he_uniform(in_axis=0, out_axis=1)),
+    ("orthogonal", lambda: jax.nn.initializers.orthogonal(0.5)),
+    ("delta-orthogonal", lambda: jax.nn.initializers.delta_orthogonal()),
+    ("linen-partitioning", lambda: nn.with_partitioning(nn.initializers.normal(), ("a", None))),
+    ("linen-partitioned-zeros", lambda: nn.with_partitioning(nn.initializers.zeros, ("a",))),
+    (
+        "linen-logical-partitioning",
+        lambda: nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("in", "out")),
+    ),
+]
+CLOSURE_IDS = [name for name, _ in CLOSURES]
+
+
+@pytest.mark.parametrize("constant", CONSTANTS, ids=repr)
+def test_constants_come_back(constant: Any) -> None:
+    value = encode(constant)
+    assert isinstance(value, Const)
+    assert_equal(decode(value), constant)
+    assert value == encode(constant)
+    assert hash(value) == hash(encode(constant))
+
+
+def test_constants_that_python_takes_for_equal_differ() -> None:
+    groups = [[0, False, 0.0, -0.0, 0j], [1, True, 1.0, 1 + 0j], ["a", b"a"], [math.nan, math.inf]]
+    for group in groups:
+        values = [encode(constant) for constant in group]
+        assert len(set(values)) == len(values)
+        for number, value in enumerate(values):
+            assert [value == other for other in values] == [number == n for n in range(len(values))]
+    assert len({encode(constant) for constant in CONSTANTS}) == len(CONSTANTS)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((1,), (True,)), ([0.0], [-0.0]), ({"a": 1}, {"a": 1.0}), (Point(1), Point(True))],
+    ids=str,
+)
+def test_and_so_do_they_inside_of_containers(first: Any, second: Any) -> None:
+    assert encode(first) != encode(second)
+    assert encode((math.nan, first)) == encode((math.nan, first))
+
+
+@pytest.mark.parametrize(("make", "kind"), [entry[1:] for entry in OBJECTS], ids=IDS)
+def test_objects_come_back(make: Callable[[], Any], kind: type) -> None:
+    obj = make()
+    value = encode(obj)
+    assert isinstance(value, kind)
+    assert_equal(decode(value), obj)
+    assert value == encode(make())
+    assert hash(value) == hash(encode(make()))
+    assert describe(value) == describe(encode(make()))
+
+
+@pytest.mark.parametrize(("make", "kind"), [entry[1:] for entry in OBJECTS], ids=IDS)
+def test_objects_come_back_without_their_live_objects(make: Callable[[], Any], kind: type) -> None:
+    value = encode(make())
+    bare = stripped(value)
+    assert bare == value
+    assert hash(bare) == hash(value)
+    assert_equal(decode(bare), make())
+    assert describe(bare) == describe(value)
+    assert decode(pickle.loads(pickle.dumps(bare))) is not None
+
+
+def test_no_two_of_these_objects_are_equal() -> None:
+    values = [encode(make()) for _, make, _ in OBJECTS] + [encode(make()) for _, make in CLOSURES]
+    assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [
+        double,
+        Config,
+        Color.RED,
+        Config(4),
+        Point(1),
+        FrozenDict(a=1),
+        functools.partial(double, 3),
+        np.arange(3),
+        jnp.arange(3),
+        lambda x: x,
+        local_class(),
+        Opaque(),
+        Unhashable(),
+        nn.initializers.normal(),
+        nn.with_partitioning(nn.initializers.normal(), ("a",)),
+        optax.adam(0.1),
+        jax.nn.relu,
+        np.zeros(5000),
+        jax.random.key(0),
+    ],
+    ids=lambda obj: type(obj).__name__,
+)
+def test_in_the_same_process_the_very_object_comes_back(obj: Any) -> None:
+    value = encode(obj)
+    hash(value)
+    assert decode(value) is obj
+    assert decode(encode([obj]))[0] is obj
+    assert value == encode(obj)
+
+
+# functions
+
+
+@pytest.mark.parametrize("make", [entry[1] for entry in CLOSURES], ids=CLOSURE_IDS)
+def test_an_initialiser_is_the_call_that_made_it(make: Callable[[], Any]) -> None:
+    value = encode(make())
+    assert isinstance(value, Call)
+    assert isinstance(value.function, Ref)
+    assert value == encode(make())
+    assert hash(value) == hash(encode(make()))
+    shape = (3, 3, 3) if "delta" in describe(value) else (4, 4)
+    shape = (4,) if describe(value).endswith("names=('a',))") else shape
+    found = decode(stripped(value))(jax.random.key(0), shape)
+    assert_same(found, make()(jax.random.key(0), shape))
+
+
+def test_other_arguments_are_another_initialiser() -> None:
+    first, second = (encode(nn.initializers.normal(scale)) for scale in (0.1, 0.2))
+    assert first != second
+    assert describe(first) == "normal(dtype=None, stddev=0.1)".replace(
+        "dtype=None", describe(first).partition("dtype=")[2].partition(",")[0].join(["dtype=", ""])
+    )
+
+
+def test_lambdas_compare_by_code_and_captures() -> None:
+    assert encode(power_of(2)) == encode(power_of(2))
+    assert hash(encode(power_of(2))) == hash(encode(power_of(2)))
+    assert encode(power_of(2)) != encode(power_of(3))
+    assert encode(power_of(2)) != encode(power_of(2.0))
+    assert encode(power_of([1])) == encode(power_of([1]))
+    assert encode(power_of(power_of(2))) == encode(power_of(power_of(2)))
+    assert encode(power_of(power_of(2))) != encode(power_of(power_of(3)))
+    assert encode(power_of(math.nan)) == encode(power_of(math.nan))
+    assert isinstance(encode(power_of(2)), Live)
+
+
+def test_lambdas_compare_by_defaults() -> None:
+    assert encode(with_default(1)) == encode(with_default(1))
+    assert encode(with_default(1)) != encode(with_default(2))
+    assert encode(with_default(1)) != encode(with_default(True))
+
+
+def test_lambdas_of_other_code_differ() -> None:
+    assert encode(lambda x: x + 1) != encode(lambda x: x + 2)
+    assert encode(lambda x: 1) != encode(lambda x: True)
+
+
+def test_a_function_that_refers_to_itself() -> None:
+    def factorial(n: int) -> int:
+        return n * factorial(n - 1) if n else 1
+
+    value = encode(factorial)
+    assert value == encode(factorial)
+    hash(value)
+    assert decode(value) is factorial
+
+
+def test_local_classes_compare_by_identity() -> None:
+    first, second = local_class(), local_class()
+    assert encode(first) == encode(first)
+    assert encode(first) != encode(second)
+    assert encode(first()) != encode(second())
+    assert describe(encode(first)) == "<local_class.<locals>.Local>"
+
+
+def test_optimisers_compare_by_what_they_were_made_with() -> None:
+    assert encode(optax.adam(0.1)) == encode(optax.adam(0.1))
+    assert hash(encode(optax.adam(0.1))) == hash(encode(optax.adam(0.1)))
+    assert encode(optax.adam(0.1)) != encode(optax.adam(0.2))
+    assert encode(optax.adam(0.1)) != encode(optax.sgd(0.1))
+
+
+def test_nnx_initialisers_with_metadata_compare_by_their_arguments() -> None:
+    def make(*names: str) -> Any:
+        return nnx.with_partitioning(nnx.initializers.normal(), names)
+
+    assert encode(make("a", "b")) == encode(make("a", "b"))
+    assert encode(make("a", "b")) != encode(make("a", "c"))
+
+
+@pytest.mark.parametrize(
+    ("obj", "text"),
+    [
+        (power_of(2), "<power_of.<locals>.<lambda>>"),
+        (local_class(), "<local_class.<locals>.Local>"),
+        (Opaque(), "<Opaque object>"),
+        (np.zeros(5000), "<array of 5000 elements>"),
+    ],
+    ids=["lambda", "local-class", "opaque", "large-array"],
+)
+def test_what_cannot_be_data_says_so_when_it_is_gone(obj: Any, text: str) -> None:
+    value = stripped(encode(obj))
+    with pytest.raises(LinseyError) as caught:
+        decode(value)
+    assert str(caught.value) == (
+        f"{text} exists only in the process that lowered it\n"
+        "Use a function or class that can be imported by name."
+    )
+    with pytest.raises(LinseyError, match="exists only in the process"):
+        decode(stripped(encode({"a": (1, obj)})))
+
+
+def test_what_is_in_no_module_any_more_is_an_import_error() -> None:
+    with pytest.raises(ImportError):
+        decode(Ref(name="no_such_package.module:thing"))
+    with pytest.raises(AttributeError):
+        decode(Ref(name="math:no_such_thing"))
+
+
+# containers
+
+
+def test_the_order_of_a_set_does_not_matter() -> None:
+    names = ["a", "b", "c", "d"]
+    assert encode(set(names)) == encode(set(reversed(names)))
+    assert encode({1, 2}) != encode(frozenset({1, 2}))
+    assert encode((1, 2)) != encode([1, 2])
+
+
+def test_one_object_stays_one_object() -> None:
+    config = Config(4)
+    value = stripped(encode((config, [config], Config(4))))
+    first, (second,), third = decode(value)
+    assert first is second
+    assert first is not third
+    assert value != stripped(encode((config, [Config(4)], Config(4))))
+
+
+def test_objects_are_shared_across_the_attributes_of_one_graph() -> None:
+    config, encoder = Config(4), Encoder()
+    values = [stripped(encoder(config)), stripped(encoder((config, 1)))]
+    decoder = Decoder()
+    assert decoder(values[0]) is decoder(values[1])[0]
+    assert decode(values[0]) is not decode(values[0])
+
+
+def test_a_field_that_the_constructor_does_not_take_is_made_again() -> None:
+    value = stripped(encode(Config(4)))
+    assert [name for name, _ in value.fields] == ["width", "child"]
+    assert decode(value).derived == 8
+
+
+def test_a_changed_object_is_another_value() -> None:
+    config = Config(4)
+    before = encode(config)
+    config.width = 5
+    assert encode(config) != before
+
+
+# arrays
+
+
+def test_arrays_compare_by_content() -> None:
+    array = np.arange(4, dtype=np.float32)
+    assert encode(array) == encode(array.copy())
+    assert encode(array) == encode(np.arange(8, dtype=np.float32)[::2] / 2)
+    others = [
+        array.reshape(2, 2),
+        array.astype(np.float64),
+        array.astype(ml_dtypes.bfloat16),
+        array + 1,
+        -array,
+        jnp.asarray(array),
+    ]
+    assert len({encode(other) for other in [array, *others]}) == len(others) + 1
+
+
+def test_a_large_array_is_not_copied() -> None:
+    array = np.zeros(5000)
+    assert encode(array) == encode(array)
+    assert encode(array) != encode(array.copy())
+
+
+def test_a_decoded_array_can_be_written() -> None:
+    decoded = decode(stripped(encode(np.zeros(3))))
+    decoded[0] = 1.0
+    assert decoded[0] == 1.0
+
+
+# deep and cyclic structures
+
+
+def nested(depth: int, wrap: Callable[[Any], Any]) -> Any:
+    obj: Any = 0
+    for _ in range(depth):
+        obj = wrap(obj)
+    return obj
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda obj: [obj], lambda obj: (obj,), lambda obj: {"a": obj}, lambda obj: Config(child=obj)],
+    ids=["list", "tuple", "dict", "dataclass"],
+)
+def test_a_deep_structure_does_not_crash(wrap: Callable[[Any], Any]) -> None:
+    shallow = nested(30, wrap)
+    assert_equal(decode(stripped(encode(shallow))), shallow)
+    deep = nested(400, wrap)
+    value = encode(deep)
+    hash(value)
+    describe(value)
+    assert value == encode(deep)
+
+
+def test_a_cyclic_structure_does_not_crash() -> None:
+    items: list[Any] = [1]
+    items.append(items)
+    table: dict[str, Any] = {}
+    table["self"] = table
+    config = Config()
+    config.child = config
+    for obj in (items, table, config):
+        value = encode(obj)
+        hash(value)
+        describe(value)
+        assert value == encode(obj)
+
+
+# what a frontend adds
+
+
+def test_a_frontend_is_asked_first() -> None:
+    module = Opaque()
+    encoder = Encoder(lambda obj: NodeRef(node=7) if obj is module else None)
+    value = encoder({"layers": [module, 1]})
+    assert describe(value) == "{'layers': [%7, 1]}"
+    assert Decoder(node=lambda number: f"node {number}")(value) == {"layers": ["node 7", 1]}
+    with pytest.raises(LinseyError, match="%7 exists only in the process that lowered it"):
+        decode(value)
+
+
+@pytest.mark.parametrize(
+    ("obj", "text"),
+    [
+        (1.5, "1.5"),
+        (np.dtype("int8"), "int8"),
+        (double, "double"),
+        (Color.RED, "Color.RED"),
+        (np.zeros((2, 3)), "numpy.float64[2, 3]"),
+        ((1,), "(1,)"),
+        (((), [2]), "((), [2])"),
+        ({1}, "set({1})"),
+        ({"a": None}, "{'a': None}"),
+        (Point(1, "z"), "Point(x=1, y='z')"),
+        (functools.partial(double, 3, scale=1), "partial(double, 3, scale=1)"),
+        (operator.add, "add"),
+    ],
+    ids=str,
+)
+def test_the_text_of_a_value_is_short(obj: Any, text: str) -> None:
+    assert describe(encode(obj)) == text
+
+
+def test_values_are_immutable() -> None:
+    values: list[AttrValue] = [encode(obj) for obj in (1, double, (1,), {}, Config(), Color.RED)]
+    for value in values:
+        name = dataclasses.fields(value)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, None)
