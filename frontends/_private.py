@@ -241,6 +241,12 @@ DataElem = graphlib.DataElem
 StaticElem = graphlib.StaticElem
 IndexesPytreeDef = graphlib.IndexesPytreeDef
 
+
+def is_current(variable: Any) -> bool:
+    """Whether an NNX Variable was made in the current trace, so that its value may be used in it."""
+    return bool(variable._can_update)
+
+
 # `bridge.lazy_init` sets this flag around one call; it has no public setter, and a ToNNX inside a
 # ToLinen needs it around a call that flax makes.
 set_initializing = wrappers._set_initializing

@@ -16,9 +16,7 @@ from linsey.ir.attributes import (
     AttrValue,
     Call,
     Const,
-    Decoder,
     DType,
-    Encoder,
     EnumValue,
     Hole,
     Instance,
@@ -28,11 +26,10 @@ from linsey.ir.attributes import (
     Ref,
     Sequence,
     Template,
-    decode,
     describe,
-    encode,
-    reference,
 )
+from linsey.ir.decode import Decoder, decode
+from linsey.ir.encode import Encoder, encode, reference
 from linsey.ir.errors import (
     EmitError,
     LinseyError,

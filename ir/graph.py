@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from linsey.ir.attributes import Attrs, AttrValue, Const, Template, decode
+from linsey.ir.attributes import Attrs, AttrValue, Const, Template
+from linsey.ir.decode import decode
 from linsey.ir.paths import Key, Path, format_path
 
 NONE = Const(None)

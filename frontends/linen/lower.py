@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, NoneType
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import core, errors, linen, nnx
 
 from linsey import _trees
+from linsey.frontends import _private
 from linsey.frontends._builder import Builder, Draft
 from linsey.frontends._encode import unboxed
 from linsey.frontends._record import Lowered, Request
@@ -292,9 +293,10 @@ def _derived_values(graph: Graph, observer: Observer) -> dict[str, Any]:
     for path, seen in observer.modules.items():
         if seen.nnx is not None:
             for below, leaf in nnx.to_flat_state(nnx.state(seen.nnx, nnx.RngState)):
-                found[*path, *map(as_key, below)] = leaf.get_raw_value()
+                if _private.is_current(leaf):  # one made inside a lifted transform is not
+                    found[*path, *map(as_key, below)] = leaf.get_raw_value()
     return {
         slot.key: found[slot.path]
         for slot in graph.slots
-        if is_derived(slot) and not isinstance(found.get(slot.path), jax.core.Tracer | NoneType)
+        if is_derived(slot) and slot.path in found
     }

@@ -1,0 +1,142 @@
+"""Turns attribute values back into Python objects."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from linsey.ir.attributes import (
+    ABSENT,
+    Array,
+    AttrValue,
+    Call,
+    Const,
+    DType,
+    EnumValue,
+    Hole,
+    Instance,
+    Map,
+    NodeRef,
+    Ref,
+    Sequence,
+    describe,
+)
+from linsey.ir.errors import LinseyError
+
+
+def resolve(name: str) -> Any:
+    """The object that ``package.module:Qualified.name`` names.
+
+    Raises:
+        ImportError: the module cannot be imported.
+        AttributeError: the module has no such object.
+
+    Example:
+        >>> resolve("math:pi")
+        3.141592653589793
+    """
+    module, _, qualname = name.partition(":")
+    loaded = sys.modules.get(module) or importlib.import_module(module)
+    return operator.attrgetter(qualname)(loaded)
+
+
+class Decoder:
+    """Decodes the attributes of one graph; objects that were one object stay one object.
+
+    Args:
+        node: gives the object for a `NodeRef`.
+        holes: the objects to put in the place of `Hole` values.
+    """
+
+    def __init__(
+        self, node: Callable[[int], Any] | None = None, holes: tuple[Any, ...] = ()
+    ) -> None:
+        self._node = node
+        self._holes = holes
+        self._shared: dict[int, Any] = {}
+
+    def __call__(self, value: AttrValue) -> Any:
+        """Decodes one value.
+
+        Raises:
+            LinseyError: the object exists in the process that lowered it only.
+            ImportError: a module that the value names cannot be imported.
+        """
+        live = getattr(value, "live", ABSENT)
+        if live is not ABSENT:
+            return live
+        match value:
+            case Const():
+                return value.value
+            case DType():
+                return _dtype(value.name)
+            case Ref():
+                return resolve(value.name)
+            case EnumValue():
+                return self(value.cls)[value.name]
+            case Sequence():
+                return _BUILTINS[value.kind](map(self, value.items))
+            case Map():
+                pairs = {self(key): self(item) for key, item in value.items}
+                cls = self(value.cls)
+                return pairs if cls is dict else cls(pairs)
+            case Instance():
+                return self._instance(value)
+            case Call():
+                kwargs = {name: self(arg) for name, arg in value.kwargs}
+                return self(value.function)(*map(self, value.args), **kwargs)
+            case Array():
+                return _from_bytes(value)
+            case Hole():
+                return self._holes[value.index]
+            case NodeRef() if self._node is not None:
+                return self._node(value.node)
+        raise LinseyError(
+            f"{describe(value)} exists only in the process that lowered it",
+            fix="Use a function or class that can be imported by name.",
+        )
+
+    def _instance(self, value: Instance) -> Any:
+        if value.share is not None and value.share in self._shared:
+            return self._shared[value.share]
+        made = self(value.cls)(**{name: self(item) for name, item in value.fields})
+        if value.share is not None:
+            self._shared[value.share] = made
+        return made
+
+
+_BUILTINS: dict[str, Callable[[Iterable[Any]], Any]] = {
+    "tuple": tuple,
+    "list": list,
+    "set": set,
+    "frozenset": frozenset,
+}
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    try:
+        return np.dtype(name)
+    except TypeError:
+        extended: np.dtype[Any] = np.dtype(resolve(f"ml_dtypes:{name}"))
+        return extended
+
+
+def _from_bytes(value: Array) -> Any:
+    host = np.frombuffer(value.data, dtype=_dtype(value.dtype)).reshape(value.shape).copy()
+    return host if value.make == "numpy" else resolve("jax.numpy:asarray")(host)
+
+
+def decode(value: AttrValue) -> Any:
+    """The object that an attribute value stands for; see `Decoder`.
+
+    Example:
+        >>> from linsey.ir import encode
+        >>> decode(encode({"axis": (0, 1)}))
+        {'axis': (0, 1)}
+    """
+    return Decoder()(value)

@@ -1,0 +1,231 @@
+"""Turns static Python objects into attribute values."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import inspect
+import operator
+import sys
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from linsey.ir.attributes import (
+    ABSENT,
+    Array,
+    AttrValue,
+    Call,
+    Const,
+    DType,
+    EnumValue,
+    Instance,
+    Live,
+    Map,
+    Ref,
+    Sequence,
+)
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, types.EllipsisType)
+_SEQUENCES: dict[type, str] = {tuple: "tuple", list: "list", set: "set", frozenset: "frozenset"}
+_CLOSURE_MAKERS = ("jax", "flax", "optax")
+_MAX_DEPTH = 64
+_MAX_ARRAY = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Identity:
+    """Compares an unhashable object by identity, and keeps it alive so that its id lasts."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def reference(obj: Any) -> Ref | None:
+    """The reference under which `obj` can be imported, or None."""
+    module = getattr(obj, "__module__", None)
+    qualname = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
+    if not isinstance(module, str) or not isinstance(qualname, str) or "<" in qualname:
+        return None
+    try:
+        found = operator.attrgetter(qualname)(sys.modules[module])
+    except (KeyError, AttributeError):
+        return None
+    return Ref(name=f"{module}:{qualname}", live=obj) if found is obj else None
+
+
+class Encoder:
+    """Encodes the attributes of one graph; it remembers which objects occur more than once.
+
+    Args:
+        special: asked first; returns a value for what a frontend knows better (a submodule, say),
+            or None.
+    """
+
+    def __init__(self, special: Callable[[Any], AttrValue | None] = lambda obj: None) -> None:
+        self._special = special
+        self._shared: dict[int, tuple[Any, int]] = {}
+        self._closures: dict[int, tuple[Any, Call | None]] = {}
+
+    def __call__(self, obj: Any, depth: int = 0) -> AttrValue:
+        """Encodes one object; what cannot be data becomes `Live`."""
+        if isinstance(obj, _CONSTANTS) and type(obj) in _CONSTANTS:
+            return Const(obj)
+        if depth > _MAX_DEPTH:
+            return _live_value(obj, self, depth)
+        value = self._special(obj)
+        if value is not None:
+            return value
+        again = functools.partial(self.__call__, depth=depth + 1)
+        kind = _SEQUENCES.get(type(obj))
+        if kind is not None:
+            items = map(again, obj)
+            ordered = sorted(items, key=repr) if kind.endswith("set") else items
+            return Sequence(kind=kind, items=tuple(ordered))
+        if isinstance(obj, np.dtype):
+            return DType(name=obj.name)
+        if isinstance(obj, enum.Enum):
+            return EnumValue(cls=again(type(obj)), name=obj.name, live=obj)
+        named = reference(obj)
+        if named is not None:
+            return named
+        return self._compound(obj, again, depth)
+
+    def _compound(self, obj: Any, again: Callable[[Any], AttrValue], depth: int) -> AttrValue:
+        if type(obj) is functools.partial:
+            args = tuple(map(again, (obj.func, *obj.args)))
+            kwargs = tuple((name, again(arg)) for name, arg in obj.keywords.items())
+            return Call(function=again(functools.partial), args=args, kwargs=kwargs, live=obj)
+        if isinstance(obj, Mapping):
+            pairs = tuple((again(key), again(value)) for key, value in obj.items())
+            live = ABSENT if isinstance(obj, dict) else obj
+            return Map(cls=again(type(obj)), items=pairs, live=live)
+        if isinstance(obj, np.ndarray) or _is_jax_array(obj):
+            return _array(obj)
+        fields = _constructor_fields(obj)
+        if fields is not None:
+            encoded = tuple((name, again(value)) for name, value in fields)
+            return Instance(cls=again(type(obj)), fields=encoded, share=self._share(obj), live=obj)
+        if isinstance(obj, types.FunctionType):
+            # Layers share their default initialisers: each is recognised once.
+            if id(obj) not in self._closures:
+                self._closures[id(obj)] = (obj, _closure_call(obj, again))
+            made = self._closures[id(obj)][1]
+            if made is not None:
+                return made
+        return _live_value(obj, self, depth)
+
+    def _share(self, obj: Any) -> int:
+        """A number for `obj`, the same each time that this very object is met."""
+        return self._shared.setdefault(id(obj), (obj, len(self._shared)))[1]
+
+
+def _is_jax_array(obj: Any) -> bool:
+    """A concrete jax array with numpy data, told without importing jax."""
+    return (
+        type(obj).__module__.startswith("jaxlib")
+        and hasattr(obj, "__array__")
+        and hasattr(obj, "is_deleted")
+        and not str(obj.dtype).startswith("key<")
+    )
+
+
+def _array(obj: Any) -> AttrValue:
+    if obj.size > _MAX_ARRAY or obj.dtype == object:
+        return Live(key=_Identity(obj), text=f"array of {obj.size} elements", live=obj)
+    host = np.ascontiguousarray(np.asarray(obj))
+    return Array(
+        dtype=host.dtype.name,
+        shape=tuple(obj.shape),
+        data=host.tobytes(),
+        make="numpy" if isinstance(obj, np.ndarray) else "jax",
+        live=obj,
+    )
+
+
+def _constructor_fields(obj: Any) -> list[tuple[str, Any]] | None:
+    """The fields from which a dataclass instance or a named tuple can be made again."""
+    if isinstance(obj, type):
+        return None
+    if dataclasses.is_dataclass(obj):
+        fields = [f.name for f in dataclasses.fields(obj) if f.init]
+        if all(hasattr(obj, name) for name in fields):
+            return [(name, getattr(obj, name)) for name in fields]
+        return None
+    if isinstance(obj, tuple) and hasattr(obj, "_fields"):
+        return list(zip(obj._fields, obj, strict=True))
+    return None
+
+
+def _closure_call(fn: types.FunctionType, again: Callable[[Any], AttrValue]) -> Call | None:
+    """The call that made a closure of jax, flax or optax, where it can be told for certain.
+
+    The maker is called again with the captured values, and must give a function with the same code
+    and captures.
+    """
+    module = fn.__globals__.get("__name__", "")
+    outer, nested, _ = fn.__code__.co_qualname.partition(".<locals>.")
+    if not nested or module.split(".")[0] not in _CLOSURE_MAKERS or not fn.__closure__:
+        return None
+    try:
+        maker = operator.attrgetter(outer)(sys.modules[module])
+        parameters = inspect.signature(maker).parameters
+        captured = {
+            name: cell.cell_contents
+            for name, cell in zip(fn.__code__.co_freevars, fn.__closure__, strict=True)
+        }
+        if not captured.keys() <= parameters.keys():
+            return None
+        made = maker(**captured)
+    except Exception:
+        return None
+    function = reference(maker)
+    if function is None or getattr(made, "__code__", None) != fn.__code__:
+        return None
+    remade = [cell.cell_contents for cell in made.__closure__ or ()]
+    if list(map(again, remade)) != list(map(again, captured.values())):
+        return None
+    kwargs = tuple((name, again(value)) for name, value in captured.items())
+    return Call(function=function, kwargs=kwargs, live=fn)
+
+
+def _live_value(obj: Any, encode: Encoder, depth: int) -> Live:
+    text = getattr(obj, "__qualname__", None) or f"{type(obj).__qualname__} object"
+    if isinstance(obj, types.FunctionType) and depth < _MAX_DEPTH:
+        captured = [cell.cell_contents for cell in obj.__closure__ or () if _is_set(cell)]
+        parts = [captured, obj.__defaults__, obj.__kwdefaults__]
+        key: Any = (obj.__module__, obj.__code__, *(encode(part, depth + 1) for part in parts))
+    else:
+        try:
+            hash(obj)
+            key = obj
+        except TypeError:
+            key = _Identity(obj)
+    return Live(key=key, text=text, live=obj)
+
+
+def _is_set(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 - reading an empty cell raises
+    except ValueError:
+        return False
+    return True
+
+
+def encode(obj: Any) -> AttrValue:
+    """Encodes one static object as an attribute value.
+
+    Example:
+        >>> encode((1, "relu"))
+        Sequence(kind='tuple', items=(Const(value=1), Const(value='relu')))
+    """
+    return Encoder()(obj)
