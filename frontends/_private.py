@@ -243,7 +243,7 @@ IndexesPytreeDef = graphlib.IndexesPytreeDef
 
 
 def is_current(variable: Any) -> bool:
-    """Whether an NNX Variable was made in the current trace, so that its value may be used in it."""
+    """Whether an NNX Variable was made in the current trace: its value may be used."""
     return bool(variable._can_update)
 
 
