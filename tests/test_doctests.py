@@ -26,13 +26,7 @@ def modules_with_examples() -> list[str]:
     )
 
 
-def pages_with_examples() -> list[str]:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [
-        page.relative_to(ROOT).as_posix()
-        for page in pages
-        if ">>> " in page.read_text(encoding="utf-8")
-    ]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def check(test: doctest.DocTest) -> None:
@@ -51,8 +45,9 @@ def test_docstrings(name):
         check(test)
 
 
-@pytest.mark.parametrize("name", pages_with_examples())
-def test_page(name):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page):
+    name = page.relative_to(ROOT).as_posix()
     # The fences go, so that none is taken for a line of output. The lines keep their numbers.
-    text = re.sub(r"^ *```.*$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = re.sub(r"^ *```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     check(doctest.DocTestParser().get_doctest(text, {}, name, name, 0))

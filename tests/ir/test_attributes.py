@@ -7,7 +7,8 @@ import functools
 import math
 import operator
 import pickle
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -551,6 +552,39 @@ def test_a_cyclic_structure_does_not_crash() -> None:
         hash(value)
         describe(value)
         assert value == encode(obj)
+
+
+def stop(signum: int, frame: Any) -> None:
+    raise TimeoutError("it takes more than five seconds")
+
+
+@pytest.fixture
+def _soon() -> Iterator[None]:
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 5.0)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.usefixtures("_soon")
+def test_what_is_met_on_many_ways_takes_no_longer() -> None:
+    obj = nested(40, lambda obj: (obj, obj))
+    value = encode(obj)
+    hash(value)
+    describe(value)
+    assert value == encode(obj)
+
+
+@pytest.mark.usefixtures("_soon")
+def test_a_tree_that_knows_its_parents_does_not_crash() -> None:
+    tree = Tree()
+    tree.children = [Tree(tree), Tree(tree)]
+    value = encode(tree)
+    hash(value)
+    describe(value)
+    assert value == encode(tree)
+    assert decode(value) is tree
 
 
 # what a frontend adds
