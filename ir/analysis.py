@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from dataclasses import replace
 
 import networkx as nx
 
-from linsey.ir.attributes import Attrs, AttrValue, Call, Instance, Map, NodeRef, Sequence
+from linsey.ir.attributes import ABSENT, Attrs, AttrValue, Call, Instance, Map, NodeRef, Sequence
 from linsey.ir.errors import LinseyError
 from linsey.ir.graph import Graph, Node, Slot
 from linsey.ir.paths import Path, format_path
@@ -110,10 +111,11 @@ def extract(graph: Graph, path: Path) -> Graph:
     used = {index for old in reach for _, index in graph.nodes[old].streams}
     new_stream = {old: new for new, old in enumerate(sorted(used))}
     root = replace(graph.nodes[start], wrapper=None)
+    places = _slot_paths(graph, start)
     nodes = [root, *(graph.nodes[old] for old in reach[1:])]
     return Graph(
         nodes=tuple(_renumber(node, new_node, new_slot, new_stream) for node in nodes),
-        slots=tuple(_rebase(graph.slots[old], path, new_slot) for old in sorted(held)),
+        slots=tuple(_rebase(graph.slots[old], path, places[old], new_slot) for old in sorted(held)),
         streams=tuple(
             replace(
                 graph.streams[old],
@@ -149,20 +151,56 @@ def _renumber(
 
 
 def _renumber_attrs(attrs: Attrs, nodes: dict[int, int]) -> Attrs:
-    return tuple(
-        (name, NodeRef(node=nodes[value.node]))
-        if isinstance(value, NodeRef) and value.node in nodes
-        else (name, value)
-        for name, value in attrs
-    )
+    return tuple((name, _renumber_value(value, nodes)) for name, value in attrs)
 
 
-def _rebase(slot: Slot, path: Path, slots: dict[int, int]) -> Slot:
+def _renumber_value(value: AttrValue, nodes: dict[int, int]) -> AttrValue:
+    """A value with the nodes that it refers to renumbered; those outside stay as they are."""
+    if not _references(value):
+        return value
+    again = functools.partial(_renumber_value, nodes=nodes)
+    match value:
+        case NodeRef():
+            return NodeRef(node=nodes.get(value.node, value.node))
+        case Sequence():
+            return replace(value, items=tuple(map(again, value.items)))
+        case Map():
+            items = tuple((key, again(item)) for key, item in value.items)
+            return replace(value, items=items, live=ABSENT)
+        case Instance():
+            fields = tuple((name, again(item)) for name, item in value.fields)
+            return replace(value, fields=fields, live=ABSENT)
+        case Call():
+            kwargs = tuple((name, again(item)) for name, item in value.kwargs)
+            return replace(value, args=tuple(map(again, value.args)), kwargs=kwargs, live=ABSENT)
+    return value
+
+
+def _slot_paths(graph: Graph, start: int) -> dict[int, Path]:
+    """The first path of each slot below a node, depth first."""
+    found: dict[int, Path] = {}
+    seen: set[int] = set()
+    todo: list[tuple[int, Path]] = [(start, ())]
+    while todo:
+        number, path = todo.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        node = graph.nodes[number]
+        own = node.wrapper if number != start else None
+        for name, slot in (*node.slots, *(own.slots if own else ())):
+            found.setdefault(slot, (*path, name))
+        children = (*node.children, *(own.children if own else ()))
+        todo.extend((child, (*path, name)) for name, child in reversed(children))
+    return found
+
+
+def _rebase(slot: Slot, path: Path, place: Path, slots: dict[int, int]) -> Slot:
     depth = len(path)
-    below = tuple(entry[depth:] for entry in slot.paths if entry[:depth] == path)
+    below = dict.fromkeys(entry[depth:] for entry in slot.paths if entry[:depth] == path)
     return replace(
         slot,
-        paths=below or slot.paths,
+        paths=tuple(below) or (place,),
         stack=tuple(
             replace(entry, owner=entry.owner[depth:] if entry.owner[:depth] == path else ())
             for entry in slot.stack

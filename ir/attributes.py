@@ -92,7 +92,7 @@ class Array:
     data: bytes
     """Its elements in C order, in this machine's byte order (little-endian)."""
     make: str
-    """``numpy`` or ``jax``: the library whose array it is."""
+    """``jax`` for a jax array, ``numpy`` for a numpy one, else the name of a numpy scalar type."""
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The array itself."""
 
@@ -128,7 +128,8 @@ class Instance:
     fields: tuple[tuple[str, AttrValue], ...]
     """The fields that its constructor takes, by name."""
     share: int | None = None
-    """A number that the uses of one object share within one attribute table; None: used once."""
+    """A number that the uses of one object share within one attribute table. Inside one value, the
+    uses after the first have it and no fields."""
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The instance itself."""
 
@@ -206,14 +207,21 @@ AttrValue: TypeAlias = (
 Attrs: TypeAlias = tuple[tuple[str | int, AttrValue], ...]
 
 
-def describe(value: AttrValue) -> str:
+def describe(value: AttrValue, depth: int = 8) -> str:
     """A short, stable text for a value, as `print` shows it in a graph.
+
+    Args:
+        value: the value.
+        depth: how many levels to show.
 
     Example:
         >>> from linsey.ir import encode
         >>> describe(encode([1, None]))
         '[1, None]'
     """
+    if depth == 0:
+        return "…"
+    inner_depth = depth - 1
     match value:
         case Const():
             return repr(value.value)
@@ -222,11 +230,11 @@ def describe(value: AttrValue) -> str:
         case Ref():
             return value.name.rpartition(":")[2]
         case EnumValue():
-            return f"{describe(value.cls)}.{value.name}"
+            return f"{describe(value.cls, inner_depth)}.{value.name}"
         case Array():
             return f"{value.make}.{value.dtype}{list(value.shape)}"
         case Sequence():
-            inner = ", ".join(map(describe, value.items))
+            inner = ", ".join(describe(item, inner_depth) for item in value.items)
             match value.kind:
                 case "tuple":
                     return f"({inner},)" if len(value.items) == 1 else f"({inner})"
@@ -234,22 +242,28 @@ def describe(value: AttrValue) -> str:
                     return f"[{inner}]"
             return f"{value.kind}({{{inner}}})"
         case Map():
-            inner = ", ".join(f"{describe(key)}: {describe(item)}" for key, item in value.items)
+            inner = ", ".join(
+                f"{describe(key, inner_depth)}: {describe(item, inner_depth)}"
+                for key, item in value.items
+            )
             return f"{{{inner}}}"
         case Instance():
-            return f"{describe(value.cls)}({_describe_fields(value.fields)})"
+            return (
+                f"{describe(value.cls, inner_depth)}({_describe_fields(value.fields, inner_depth)})"
+            )
         case Call():
-            arguments = [*map(describe, value.args), _describe_fields(value.kwargs)]
-            return f"{describe(value.function)}({', '.join(filter(None, arguments))})"
+            arguments = [describe(arg, inner_depth) for arg in value.args]
+            arguments.append(_describe_fields(value.kwargs, inner_depth))
+            return f"{describe(value.function, inner_depth)}({', '.join(filter(None, arguments))})"
         case NodeRef():
             return f"%{value.node}"
         case Hole():
             return "*"
         case Template():
-            return describe(value.structure)
+            return describe(value.structure, inner_depth)
         case Live():
             return f"<{value.text}>"
 
 
-def _describe_fields(fields: Iterable[tuple[str, AttrValue]]) -> str:
-    return ", ".join(f"{name}={describe(item)}" for name, item in fields)
+def _describe_fields(fields: Iterable[tuple[str, AttrValue]], depth: int) -> str:
+    return ", ".join(f"{name}={describe(item, depth)}" for name, item in fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 import sys
@@ -78,13 +79,15 @@ class Decoder:
             case Ref():
                 return resolve(value.name)
             case EnumValue():
-                return self(value.cls)[value.name]
+                cls = self(value.cls)
+                members = [cls[name] for name in value.name.split("|")]
+                return functools.reduce(operator.or_, members)
             case Sequence():
                 return _BUILTINS[value.kind](map(self, value.items))
             case Map():
                 pairs = {self(key): self(item) for key, item in value.items}
-                cls = self(value.cls)
-                return pairs if cls is dict else cls(pairs)
+                made = self(value.cls)
+                return pairs if made is dict else made(pairs)
             case Instance():
                 return self._instance(value)
             case Call():
@@ -128,7 +131,9 @@ def _dtype(name: str) -> np.dtype[Any]:
 
 def _from_bytes(value: Array) -> Any:
     host = np.frombuffer(value.data, dtype=_dtype(value.dtype)).reshape(value.shape).copy()
-    return host if value.make == "numpy" else resolve("jax.numpy:asarray")(host)
+    if value.make == "jax":
+        return resolve("jax.numpy:asarray")(host)
+    return host if value.make == "numpy" else host[()]
 
 
 def decode(value: AttrValue) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import functools
@@ -35,6 +36,11 @@ _SEQUENCES: dict[type, str] = {tuple: "tuple", list: "list", set: "set", frozens
 _CLOSURE_MAKERS = ("jax", "flax", "optax")
 _MAX_DEPTH = 64
 _MAX_ARRAY = 4096
+_MAX_VALUES = 100_000
+
+
+class _TooLarge(Exception):
+    """One value would be made of more values than are taken for data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +62,15 @@ def reference(obj: Any) -> Ref | None:
     qualname = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
     if not isinstance(module, str) or not isinstance(qualname, str) or "<" in qualname:
         return None
-    try:
-        found = operator.attrgetter(qualname)(sys.modules[module])
-    except (KeyError, AttributeError):
-        return None
-    return Ref(name=f"{module}:{qualname}", live=obj) if found is obj else None
+    # Some types of the interpreter say builtins and live in types: NoneType, FunctionType …
+    for place in (module, "types") if module == "builtins" else (module,):
+        try:
+            found = operator.attrgetter(qualname)(sys.modules[place])
+        except (KeyError, AttributeError):
+            continue
+        if found is obj:
+            return Ref(name=f"{place}:{qualname}", live=obj)
+    return None
 
 
 class Encoder:
@@ -75,11 +85,19 @@ class Encoder:
         self._special = special
         self._shared: dict[int, tuple[Any, int]] = {}
         self._closures: dict[int, tuple[Any, Call | None]] = {}
+        self._open: set[int] = set()
+        self._met: set[int] = set()
+        self._left = _MAX_VALUES
 
     def __call__(self, obj: Any, depth: int = 0) -> AttrValue:
         """Encodes one object; what cannot be data becomes `Live`."""
         if isinstance(obj, _CONSTANTS) and type(obj) in _CONSTANTS:
             return Const(obj)
+        if depth == 0:
+            return self._whole(obj)
+        self._left -= 1
+        if self._left < 0:
+            raise _TooLarge
         if depth > _MAX_DEPTH:
             return _live_value(obj, self, depth)
         value = self._special(obj)
@@ -100,21 +118,31 @@ class Encoder:
             return named
         return self._compound(obj, again, depth)
 
+    def _whole(self, obj: Any) -> AttrValue:
+        self._met.clear()
+        self._left = _MAX_VALUES
+        try:
+            return self(obj, 1)
+        except _TooLarge:
+            return Live(key=_Identity(obj), text=f"large {type(obj).__qualname__}", live=obj)
+
     def _compound(self, obj: Any, again: Callable[[Any], AttrValue], depth: int) -> AttrValue:
         if type(obj) is functools.partial:
             args = tuple(map(again, (obj.func, *obj.args)))
             kwargs = tuple((name, again(arg)) for name, arg in obj.keywords.items())
             return Call(function=again(functools.partial), args=args, kwargs=kwargs, live=obj)
+        if type(obj) is collections.defaultdict:
+            args = (again(obj.default_factory), again(dict(obj)))
+            return Call(function=again(collections.defaultdict), args=args)
         if isinstance(obj, Mapping):
             pairs = tuple((again(key), again(value)) for key, value in obj.items())
-            live = ABSENT if isinstance(obj, dict) else obj
+            live = ABSENT if type(obj) is dict else obj
             return Map(cls=again(type(obj)), items=pairs, live=live)
-        if isinstance(obj, np.ndarray) or _is_jax_array(obj):
+        if isinstance(obj, np.ndarray | np.generic) or _is_jax_array(obj):
             return _array(obj)
         fields = _constructor_fields(obj)
         if fields is not None:
-            encoded = tuple((name, again(value)) for name, value in fields)
-            return Instance(cls=again(type(obj)), fields=encoded, share=self._share(obj), live=obj)
+            return self._instance(obj, fields, again)
         if isinstance(obj, types.FunctionType):
             # Layers share their default initialisers: each is recognised once.
             if id(obj) not in self._closures:
@@ -123,6 +151,23 @@ class Encoder:
             if made is not None:
                 return made
         return _live_value(obj, self, depth)
+
+    def _instance(
+        self, obj: Any, fields: list[tuple[str, Any]], again: Callable[[Any], AttrValue]
+    ) -> AttrValue:
+        """An instance by its fields; met again inside one value, by its number alone."""
+        share = self._share(obj)
+        if share in self._open:  # it holds itself
+            return Live(key=("cycle", share), text=type(obj).__qualname__, live=obj)
+        if share in self._met:
+            return Instance(cls=again(type(obj)), fields=(), share=share, live=obj)
+        self._open.add(share)
+        try:
+            encoded = tuple((name, again(value)) for name, value in fields)
+        finally:
+            self._open.discard(share)
+        self._met.add(share)
+        return Instance(cls=again(type(obj)), fields=encoded, share=share, live=obj)
 
     def _share(self, obj: Any) -> int:
         """A number for `obj`, the same each time that this very object is met."""
@@ -139,6 +184,12 @@ def _is_jax_array(obj: Any) -> bool:
     )
 
 
+def _maker(obj: Any) -> str:
+    if _is_jax_array(obj):
+        return "jax"
+    return "numpy" if isinstance(obj, np.ndarray) else type(obj).__name__
+
+
 def _array(obj: Any) -> AttrValue:
     if obj.size > _MAX_ARRAY or obj.dtype == object:
         return Live(key=_Identity(obj), text=f"array of {obj.size} elements", live=obj)
@@ -147,7 +198,7 @@ def _array(obj: Any) -> AttrValue:
         dtype=host.dtype.name,
         shape=tuple(obj.shape),
         data=host.tobytes(),
-        make="numpy" if isinstance(obj, np.ndarray) else "jax",
+        make=_maker(obj),
         live=obj,
     )
 
@@ -185,14 +236,21 @@ def _closure_call(fn: types.FunctionType, again: Callable[[Any], AttrValue]) -> 
         }
         if not captured.keys() <= parameters.keys():
             return None
+        # A maker may also pass an argument on as a default of what it makes (dtype, say).
+        for name, parameter in inspect.signature(fn, follow_wrapped=False).parameters.items():
+            if name in parameters and parameter.default is not parameter.empty:
+                captured.setdefault(name, parameter.default)
         made = maker(**captured)
     except Exception:
         return None
     function = reference(maker)
     if function is None or getattr(made, "__code__", None) != fn.__code__:
         return None
-    remade = [cell.cell_contents for cell in made.__closure__ or ()]
-    if list(map(again, remade)) != list(map(again, captured.values())):
+    parts = [
+        [[cell.cell_contents for cell in each.__closure__ or ()], each.__defaults__]
+        for each in (made, fn)
+    ]
+    if again(parts[0]) != again(parts[1]):
         return None
     kwargs = tuple((name, again(value)) for name, value in captured.items())
     return Call(function=function, kwargs=kwargs, live=fn)

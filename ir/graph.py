@@ -7,7 +7,7 @@ per slot. Everything here is immutable, hashable and compared by value.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from linsey.ir.attributes import Attrs, AttrValue, Const, Template
 from linsey.ir.decode import decode
@@ -231,6 +231,10 @@ class Graph:
             self._hash.append(hash((self.nodes, self.slots, self.streams, self.root, self.empty)))
         return self._hash[0]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the hash: that of a str differs from process to process.
+        return _graph, (self.nodes, self.slots, self.streams, self.root, self.empty)
+
     @property
     def signatures(self) -> tuple[Signature, ...]:
         """The observed calls of the root."""
@@ -240,3 +244,13 @@ class Graph:
         from linsey.ir.text import format_graph
 
         return format_graph(self)
+
+
+def _graph(
+    nodes: tuple[Node, ...],
+    slots: tuple[Slot, ...],
+    streams: tuple[Stream, ...],
+    root: int,
+    empty: tuple[Path, ...],
+) -> Graph:
+    return Graph(nodes=nodes, slots=slots, streams=streams, root=root, empty=empty)

@@ -6,6 +6,8 @@ A path is a tuple of strings and integers: ``("layers", 0, "kernel")`` is item 0
 
 from __future__ import annotations
 
+import re
+
 Key = str | int
 Path = tuple[Key, ...]
 
@@ -43,7 +45,7 @@ def _unescape(text: str) -> Key:
     if text == "\\e":
         return ""
     if text.startswith("["):
-        if not (text.endswith("]") and text[1:-1].lstrip("-").isdigit()):
+        if not re.fullmatch(r"\[-?[0-9]+\]", text):
             raise ValueError(f"{text!r} is not an index: expected [n], or \\[ for a name")
         return int(text[1:-1])
     out, escaped = [], False

@@ -30,6 +30,13 @@ class SlotIndex:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SlotIndex, (self.keys, self.collections, dict(self._aliases))
+
+    def has(self, key: str) -> bool:
+        """Whether there is a slot of this name."""
+        return key in self.positions or self._aliases.get(key) in self.positions
+
     def find(self, key: str) -> int:
         """The position of a slot, by any of its names.
 
@@ -104,7 +111,7 @@ class Values:
         return self.arrays[self.index.find(key)]
 
     def __contains__(self, key: object) -> bool:
-        return key in self.index.positions
+        return isinstance(key, str) and self.index.has(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.index.keys)

@@ -117,7 +117,10 @@ class Executable:
         if rngs is None:
             output, changed = self._fast(values.arrays, *args)
         else:
-            keys = rngs if type(rngs) is dict else _trees.key_dict(rngs)
+            is_plain = type(rngs) is dict and all(
+                type(key) in _ARRAY_TYPES for key in rngs.values()
+            )
+            keys = rngs if is_plain else _trees.key_dict(rngs)
             output, changed = self._fast_keyed(values.arrays, keys, *args)
         return output, values if changed is None else self._updated(values, changed)
 

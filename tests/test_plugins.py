@@ -140,8 +140,8 @@ def test_an_object_that_nobody_accepts() -> None:
         linsey.lower(Toy(2.0, 1.0), X)
     assert str(caught.value) == (
         f"at linsey.lower: no frontend accepts a {HERE}.Toy; there are: linen, nnx\n"
-        "Pass a Linen module, an NNX module or a factory of one; or register a frontend for it under"
-        " the entry-point group linsey.frontends (a linsey.frontends.Frontend)."
+        "Pass a Linen module, an NNX module or a factory of one; or register a frontend for it"
+        " under the entry-point group linsey.frontends (a linsey.frontends.Frontend)."
     )
 
 

@@ -91,7 +91,10 @@ class NNXHost(linen.Module):
         scopes, which would cost more than a small module itself.
         """
         options = {"rngs": None, "mutable": False, "capture_intermediates": False}
-        is_plain = all(kwargs.get(name, value) == value for name, value in options.items())
+        # A lifted class must run its transform.
+        is_plain = type(self) is NNXHost and all(
+            kwargs.get(name, value) == value for name, value in options.items()
+        )
         method = kwargs.get("method")
         if not is_plain or _private.is_watched() or not (method is None or isinstance(method, str)):
             return super().apply(variables, *args, **kwargs)

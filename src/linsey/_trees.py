@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from linsey.ir import (
@@ -146,6 +147,11 @@ def _input_type(arg: Any, encode: Encoder) -> ValueType | AttrValue:
     return encode(abstract(arg))
 
 
+def _is_key(array: Any) -> bool:
+    is_typed = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return is_typed or (array.dtype == jnp.uint32 and array.ndim > 0)
+
+
 def key_dict(rngs: Any) -> dict[str, Any]:
     """PRNG keys by stream name, from whatever way of giving them.
 
@@ -164,7 +170,7 @@ def key_dict(rngs: Any) -> dict[str, Any]:
     """
     if isinstance(rngs, int) and not isinstance(rngs, bool):
         return {"params": jax.random.key(rngs)}
-    if is_array(rngs):
+    if is_array(rngs) and _is_key(rngs):
         return {"params": rngs}
     if isinstance(rngs, Mapping):
         keys = {str(name): key_dict(key)["params"] for name, key in rngs.items()}

@@ -106,9 +106,9 @@ def to_nnx(
         >>> model.kernel.shape, model(x).shape
         ((3, 2), (1, 2))
     """
-    streams = rngs.fork() if isinstance(rngs, nnx.Rngs) else rngs
     is_linen = isinstance(source, linen.Module)
     given = _trees.key_dict(rngs) if is_linen and rngs is not None else rngs
+    streams = rngs.fork() if is_linen and isinstance(rngs, nnx.Rngs) else rngs
     program = lower(source, *args, rngs=given, variables=variables, method=method, **kwargs)
     if program.values is None:
         program = program.init(given)

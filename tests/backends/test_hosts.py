@@ -410,7 +410,7 @@ def test_a_child_of_a_scanned_region_cannot_be_called_alone() -> None:
     with pytest.raises(linsey.LinseyError) as caught:
         model.layers.Dense_0(X)
     assert str(caught.value) == (
-        "at layers/Dense_0: its values are stacked (axis:0=4) by the transform that the root runs\n"
+        "at layers/Dense_0: its values are stacked (axis:0=4) by the transform that layers runs\n"
         "Call the module that runs the transform; it gives this one its slices."
     )
 

@@ -257,13 +257,15 @@ def test_what_is_no_key(rngs: Any) -> None:
     kind, text = failure(Good(), X, rngs=rngs)
     assert issubclass(kind, linsey.LinseyError)
     assert text == (
-        f"at rngs: found {type(rngs).__name__} for PRNG keys, expected an int seed, a jax key, a dict"
-        " of keys by stream name, or nnx.Rngs\n"
+        f"at rngs: found {type(rngs).__name__} for PRNG keys, expected an int seed, a jax key, a"
+        " dict of keys by stream name, or nnx.Rngs\n"
         "Pass for example rngs=0 or rngs={'params': jax.random.key(0)}."
     )
 
 
-@pytest.mark.parametrize("key", ["0", None, jnp.ones(3), jnp.ones((2, 2))], ids=["text", "none", "floats", "matrix"])
+@pytest.mark.parametrize(
+    "key", ["0", None, jnp.ones(3), jnp.ones((2, 2))], ids=["text", "none", "floats", "matrix"]
+)
 def test_a_stream_whose_key_is_no_key(key: Any) -> None:
     kind, text = failure(Good(), X, rngs={"params": key})
     assert issubclass(kind, linsey.LinseyError)
@@ -281,7 +283,8 @@ def test_keys_for_a_live_nnx_module() -> None:
 def test_keys_for_a_factory_that_takes_none() -> None:
     assert failure(lambda: Tower(2, rngs=nnx.Rngs(0)), rngs=0) == (
         LoweringError,
-        "at rngs: found rngs=, but the factory takes none\nLet the factory take an argument called rngs.",
+        "at rngs: found rngs=, but the factory takes none\n"
+        "Let the factory take an argument called rngs.",
     )
     program = linsey.lower(lambda: Tower(2, rngs=nnx.Rngs(0)))
     with pytest.raises(LoweringError, match="at rngs: found rngs, but the factory takes none"):

@@ -1,4 +1,4 @@
-"""The compiled program: what is traced, what is static, what comes back, and where it can be used."""
+"""The compiled program: what is traced, what is static, what comes back, where it can be used."""
 
 import functools
 from collections.abc import Iterator
@@ -436,9 +436,9 @@ def test_inside_jit() -> None:
 
 def test_inside_grad() -> None:
     exe, values, variables = net()
-    gradients = jax.jit(
-        jax.grad(lambda params: loss_of(exe, values.replace(params), X))
-    )(values.select("params"))
+    gradients = jax.jit(jax.grad(lambda params: loss_of(exe, values.replace(params), X)))(
+        values.select("params")
+    )
     rest = {"batch_stats": variables["batch_stats"]}
     expected = jax.jit(jax.grad(source_loss))(variables["params"], rest, X)
     assert_variables(gradients, {"params": expected})
@@ -488,7 +488,9 @@ def test_a_stream_that_is_missing_at_a_call() -> None:
     with pytest.raises(EmitError) as caught:
         exe(values, X)
     text = str(caught.value)
-    assert text.startswith("at Net: a PRNG stream is missing; given: none. Dropout_0 needs PRNG for")
+    assert text.startswith(
+        "at Net: a PRNG stream is missing; given: none. Dropout_0 needs PRNG for"
+    )
     assert text.endswith("\nPass rngs= with a key for every stream that the call draws from.")
     with pytest.raises(EmitError, match=r"given: noise\."):
         exe(values, X, rngs={"noise": jax.random.key(0)})
@@ -517,13 +519,13 @@ def test_inputs_of_a_wrong_shape() -> None:
 
 def test_missing_inputs() -> None:
     exe, values, _ = net()
-    with pytest.raises(EmitError, match="at Net.__call__: the call raised TypeError: .*'x'"):
+    with pytest.raises(EmitError, match=r"at Net\.__call__: the call raised TypeError: .*'x'"):
         exe(values)
 
 
 def test_a_method_that_is_not_there() -> None:
     program = linsey.lower(Counter(nnx.Rngs(0)))
-    with pytest.raises(EmitError, match="at Counter.decode: the call raised AttributeError"):
+    with pytest.raises(EmitError, match=r"at Counter\.decode: the call raised AttributeError"):
         program.compile(method="decode")(program.values, X)
 
 
