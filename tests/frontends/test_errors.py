@@ -252,7 +252,7 @@ def test_a_stream_that_is_missing_at_init() -> None:
     assert program.values is None
 
 
-@pytest.mark.parametrize("rngs", ["0", 1.5, True, [0], object()], ids=str)
+@pytest.mark.parametrize("rngs", ["0", 1.5, True, [0], object()], ids=["text", "float", "bool", "list", "object"])
 def test_what_is_no_key(rngs: Any) -> None:
     kind, text = failure(Good(), X, rngs=rngs)
     assert issubclass(kind, linsey.LinseyError)
