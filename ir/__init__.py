@@ -54,7 +54,7 @@ from linsey.ir.graph import (
 )
 from linsey.ir.host import Host, HostParts, is_host
 from linsey.ir.paths import Key, Path, as_key, format_path, parse_path
-from linsey.ir.text import format_graph
+from linsey.ir.text import describe_class, format_graph
 from linsey.ir.values import SlotIndex, Values, slot_index
 from linsey.ir.verify import problems, verify
 
@@ -104,6 +104,7 @@ __all__ = [
     "as_key",
     "decode",
     "describe",
+    "describe_class",
     "digraph",
     "dominators",
     "encode",

@@ -8,7 +8,7 @@ inside one process decoding gives back the very same object; ``live`` takes no p
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 
@@ -27,6 +27,16 @@ ABSENT = _Absent()
 def _live() -> Any:
     """The field that remembers the object a value was made from."""
     return field(default=ABSENT, compare=False, repr=False)
+
+
+def _without_live(value: Any) -> tuple[Any, ...]:
+    """How a value is pickled: as data, since its live object may not be picklable."""
+    kept = {item.name: getattr(value, item.name) for item in fields(value) if item.name != "live"}
+    return _make, (type(value), kept)
+
+
+def _make(cls: Any, kept: dict[str, Any]) -> Any:
+    return cls(**kept)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +78,8 @@ class Ref:
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The object itself."""
 
+    __reduce__ = _without_live
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnumValue:
@@ -79,6 +91,8 @@ class EnumValue:
     """The member's name."""
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The member itself."""
+
+    __reduce__ = _without_live
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +109,8 @@ class Array:
     """``jax`` for a jax array, ``numpy`` for a numpy one, else the name of a numpy scalar type."""
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The array itself."""
+
+    __reduce__ = _without_live
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +134,8 @@ class Map:
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The mapping itself, where it is immutable."""
 
+    __reduce__ = _without_live
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
@@ -133,6 +151,8 @@ class Instance:
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The instance itself."""
 
+    __reduce__ = _without_live
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
@@ -146,6 +166,8 @@ class Call:
     """Keyword arguments."""
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The result."""
+
+    __reduce__ = _without_live
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +194,8 @@ class Template:
     """The tree, with a `Hole` for each array."""
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """Its jax tree definition."""
+
+    __reduce__ = _without_live
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

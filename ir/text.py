@@ -59,7 +59,7 @@ def _node_lines(graph: Graph) -> Iterator[str]:
 def _head(node: Node) -> str:
     if node.source is None:
         return node.op
-    text = f"{node.source.dialect}.{_class(node.source.cls)}"
+    text = f"{node.source.dialect}.{describe_class(node.source.cls)}"
     shown = [
         f"{name}={value}"
         for name, attr in node.attrs
@@ -76,10 +76,16 @@ def _head(node: Node) -> str:
     return text
 
 
-def _class(cls: AttrValue) -> str:
-    """A class, or how one was made: ``vmap(scan(Block))``."""
+def describe_class(cls: AttrValue) -> str:
+    """A class by its name, or by the calls that made it: ``vmap(scan(Block))``.
+
+    Example:
+        >>> from linsey.ir import encode
+        >>> describe_class(encode(dict))
+        'dict'
+    """
     if isinstance(cls, Call) and cls.args:
-        inner = ", ".join(map(_class, cls.args[1:]))
+        inner = ", ".join(map(describe_class, cls.args[1:]))
         return f"{describe(cls.args[0])}({inner})"
     return describe(cls)
 

@@ -26,4 +26,4 @@ def _unflatten(index: SlotIndex, arrays: Iterable[object]) -> Values:
 # Here and not in linsey.ir, which does not know jax.
 jax.tree_util.register_pytree_with_keys(Values, _flatten_with_keys, _unflatten, _flatten)
 
-__all__ = ["Executable"]
+__all__ = ["Executable", "Values"]

@@ -145,8 +145,8 @@ def test_prints_the_graph_and_a_summary():
     found = rows(output)
     assert ["layers", "linen.Encoder", "1"] in found
     assert ["linen.Dense", "1"] in found
-    assert ["slots", "params", "4", f"{4 * (5 * 8 + 8 + 8 + 8)}"] in found
-    assert ["batch_stats", "2", "64"] in found
+    assert ["slots", "batch_stats", "2", "64"] in found
+    assert ["params", "4", f"{4 * (5 * 8 + 8 + 8 + 8)}"] in found
     assert ["all", "6", "320"] in found
     assert ["streams", "params", "(path,", "init)"] in found
     assert ["shared", "nodes", "none"] in found
@@ -185,8 +185,8 @@ def test_shared_tied_and_stacked_parts():
     assert len(data["tied"]) == 1
 
     output = lowered("cli_models:Stacked", "--input", "f32[1,4]")
-    assert ["stacked", "slots", "layers=3", "by", "the", "root", "2"] in rows(output)
-    part = {"owner": "", "name": "layers", "length": 3, "slots": 2}
+    assert ["stacked", "slots", "layers=3", "by", "ScanStep_0", "2"] in rows(output)
+    part = {"owner": "ScanStep_0", "name": "layers", "length": 3, "slots": 2}
     data = lowered_json("cli_models:Stacked", "--input", "f32[1,4]")
     assert data["summary"]["stacked"] == [part]
     (kernel,) = (slot for slot in data["slots"] if slot["key"].endswith("kernel"))

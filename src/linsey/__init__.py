@@ -20,7 +20,7 @@ _HOME = {
     "Graph": "linsey.ir",
     "LinseyError": "linsey.ir",
     "Program": "linsey.program",
-    "Values": "linsey.ir",
+    "Values": "linsey.runtime",  # which makes it a pytree
     "lower": "linsey.lowering",
     "to_linen": "linsey.lowering",
     "to_nnx": "linsey.lowering",

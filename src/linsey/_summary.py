@@ -23,6 +23,7 @@ from linsey.ir import (
     TreeType,
     ValueType,
     describe,
+    describe_class,
     format_path,
     node_paths,
     shared_nodes,
@@ -105,7 +106,7 @@ def summarize(graph: Graph) -> Summary:
 
 def _class(node: Node) -> str:
     assert node.source is not None
-    return f"{node.source.dialect}.{describe(node.source.cls)}"
+    return f"{node.source.dialect}.{describe_class(node.source.cls)}"
 
 
 def _places(graph: Graph) -> dict[int, list[Path]]:

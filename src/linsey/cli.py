@@ -179,13 +179,14 @@ def _guarded(run: Callable[[], Any], doing: str) -> Any:
         raise
     except LinseyError as error:
         notes = getattr(error, "__notes__", [])
-        raise click.ClickException("\n".join([str(error), *notes])) from error
+        where = "" if error.__cause__ is None else _where(error.__cause__)
+        raise click.ClickException("\n".join([str(error) + where, *notes])) from error
     except Exception as error:
         message = f"{doing} raised {type(error).__name__}: {error}"
         raise click.ClickException(message + _where(error)) from error
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """The last line of the user's own code that an error passed through."""
     own = [
         frame

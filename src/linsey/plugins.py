@@ -14,31 +14,20 @@ from linsey.ir import PluginError
 _BUILT_IN = ("linen", "nnx")
 
 
-def _entries(group: str) -> Mapping[str, EntryPoint]:
-    """The entry points of a group by name, the built-in ones first.
-
-    Raises:
-        PluginError: two distributions claim one name.
-    """
+def _entries(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
+    """The entry points of a group by name, the built-in ones first; several where they clash."""
     return _scan(group, tuple(sys.path))
 
 
 @functools.lru_cache(maxsize=8)
-def _scan(group: str, path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+def _scan(group: str, path: tuple[str, ...]) -> Mapping[str, tuple[EntryPoint, ...]]:
     """`_entries`, once per state of ``sys.path``: a scan takes milliseconds."""
     del path
-    found: dict[str, EntryPoint] = {}
+    found: dict[str, tuple[EntryPoint, ...]] = {}
     for entry in entry_points(group=group):
-        other = found.get(entry.name)
-        if other is not None and other.value != entry.value:
-            both = (f"{_owner(each)} ({each.value})" for each in (other, entry))
-            owners = " and ".join(sorted(both))
-            raise PluginError(
-                f"two distributions claim the name: {owners}",
-                path=f"{group}:{entry.name}",
-                fix="Uninstall one of them.",
-            )
-        found[entry.name] = entry
+        others = found.get(entry.name, ())
+        if all(entry.value != other.value for other in others):
+            found[entry.name] = (*others, entry)
     order = sorted(found, key=lambda name: (name not in _BUILT_IN, name))
     return MappingProxyType({name: found[name] for name in order})
 
@@ -56,7 +45,8 @@ def load(group: str, name: str) -> Any:
     """One plug-in by name.
 
     Raises:
-        PluginError: nobody registered the name, or the plug-in cannot be imported.
+        PluginError: nobody registered the name, two distributions did, or the plug-in cannot be
+            imported.
     """
     entries = _entries(group)
     if name not in entries:
@@ -65,11 +55,19 @@ def load(group: str, name: str) -> Any:
             path=group,
             fix=f"Install the package that provides it, or register it under {group}.",
         )
+    entry, *clashing = entries[name]
+    if clashing:
+        both = (f"{_owner(each)} ({each.value})" for each in (entry, *clashing))
+        raise PluginError(
+            f"two distributions claim the name: {' and '.join(sorted(both))}",
+            path=f"{group}:{name}",
+            fix="Uninstall one of them.",
+        )
     try:
-        return entries[name].load()
+        return entry.load()
     except Exception as error:
         raise PluginError(
-            f"{_owner(entries[name])} failed to load: {type(error).__name__}: {error}",
+            f"{_owner(entry)} failed to load: {type(error).__name__}: {error}",
             path=f"{group}:{name}",
             fix="Mend or uninstall that package.",
         ) from error

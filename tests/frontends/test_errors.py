@@ -252,7 +252,9 @@ def test_a_stream_that_is_missing_at_init() -> None:
     assert program.values is None
 
 
-@pytest.mark.parametrize("rngs", ["0", 1.5, True, [0], object()], ids=["text", "float", "bool", "list", "object"])
+@pytest.mark.parametrize(
+    "rngs", ["0", 1.5, True, [0], object()], ids=["text", "float", "bool", "list", "object"]
+)
 def test_what_is_no_key(rngs: Any) -> None:
     kind, text = failure(Good(), X, rngs=rngs)
     assert issubclass(kind, linsey.LinseyError)
@@ -394,7 +396,9 @@ def test_an_unsupported_object_marked_as_data() -> None:
     )
 
 
-@pytest.mark.parametrize("source", [nnx.Linear, Handle(), None, 3], ids=repr)
+@pytest.mark.parametrize(
+    "source", [nnx.Linear, Handle(), None, 3], ids=["class", "object", "none", "int"]
+)
 def test_every_error_has_its_three_parts(source: Any) -> None:
     _, text = failure(source)
     assert re.fullmatch(r"at \S+: .+\n.+", text, re.DOTALL)

@@ -1,4 +1,4 @@
-"""What lowering observes: stacked axes, streams, shared modules, calls; and what it leaves alone."""
+"""What lowering observes: stacked axes, streams, shared modules, calls; what it leaves alone."""
 
 from typing import Any
 

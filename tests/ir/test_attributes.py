@@ -605,7 +605,7 @@ def test_a_frontend_is_asked_first() -> None:
         (functools.partial(double, 3, scale=1), "partial(double, 3, scale=1)"),
         (operator.add, "add"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_the_text_of_a_value_is_short(obj: Any, text: str) -> None:
     assert describe(encode(obj)) == text
