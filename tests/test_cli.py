@@ -190,7 +190,7 @@ def test_shared_tied_and_stacked_parts():
     data = lowered_json("cli_models:Stacked", "--input", "f32[1,4]")
     assert data["summary"]["stacked"] == [part]
     (kernel,) = (slot for slot in data["slots"] if slot["key"].endswith("kernel"))
-    assert kernel["stack"] == [{"axis": 1, "length": 3, "name": "layers", "owner": ""}]
+    assert kernel["stack"] == [{"axis": 1, "length": 3, "name": "layers", "owner": "ScanStep_0"}]
     assert kernel["type"] == {"dtype": "float32", "shape": [4, 3, 4]}
 
 
