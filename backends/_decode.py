@@ -11,8 +11,10 @@ from flax.core import meta
 from flax.nnx import bridge
 
 from linsey import _trees
+from linsey._collections import kind_of_collection
 from linsey.backends import _private
 from linsey.ir import (
+    RNG_COLLECTIONS,
     Const,
     Decoder,
     Graph,
@@ -21,15 +23,12 @@ from linsey.ir import (
     decode,
 )
 
-RNG_COLLECTIONS = frozenset({"RngKey", "RngCount"})
-"""The collections in which the state of NNX's streams sits."""
-
 
 def kind_of(slot: Slot) -> type[nnx.Variable[Any]]:
     """The NNX variable class of a slot."""
     if slot.kind is not None:
         return decode(slot.kind)  # type: ignore[no-any-return]
-    return nnx.variable_type_from_name(slot.collection, allow_register=True)
+    return kind_of_collection(slot.collection)
 
 
 def metadata_of(slot: Slot) -> dict[str, Any]:
@@ -44,19 +43,6 @@ def metadata_of(slot: Slot) -> dict[str, Any]:
     if slot.partition is not None:
         metadata["out_sharding"] = decode(slot.partition.spec)
     return metadata
-
-
-def is_derived(slot: Slot) -> bool:
-    """Whether a slot is PRNG state that a Linen parent derives anew at every call."""
-    return slot.lifetime == "ephemeral" and slot.collection in RNG_COLLECTIONS
-
-
-def placeholder(slot: Slot) -> Any:
-    """A value for derived PRNG state that no call has derived yet."""
-    assert not isinstance(slot.type, TreeType)
-    if slot.collection == "RngCount":
-        return jax.numpy.zeros(slot.type.shape, jax.numpy.uint32)
-    return jax.numpy.broadcast_to(jax.random.key(0), slot.type.shape)
 
 
 def boxed(slot: Slot, value: Any, names: Any = None) -> Any:
@@ -95,13 +81,6 @@ def emitted_box(slot: Slot, value: Any) -> Any:
         rules = metadata["sharding_rules"]
         return linen.LogicallyPartitioned(value, tuple(names), mesh=mesh, rules=rules)
     return meta.Partitioned(value, tuple(names), mesh=mesh)
-
-
-def unboxed(value: Any) -> Any:
-    """The value inside Linen's metadata boxes."""
-    while isinstance(value, meta.AxisMetadata):
-        value = value.value if hasattr(value, "value") else value.unbox()
-    return value
 
 
 def abstract_value(slot: Slot) -> Any:

@@ -12,6 +12,7 @@ from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from linsey import _trees
+from linsey._collections import EPHEMERAL, collection_of, unboxed
 from linsey.frontends import _private
 from linsey.ir import (
     AttrValue,
@@ -27,17 +28,6 @@ from linsey.ir import (
     ValueType,
     reference,
 )
-
-EPHEMERAL = frozenset({"cache", "intermediates", "perturbations"})
-"""The collections whose variables no checkpoint holds."""
-
-
-def collection_of(kind: type[nnx.Variable[Any]]) -> str:
-    """The Linen collection of an NNX variable class: its registered name, or its own."""
-    try:
-        return nnx.variable_name_from_type(kind)
-    except ValueError:
-        return kind.__name__
 
 
 class FlaxEncoder(Encoder):
@@ -98,13 +88,6 @@ def partition(names: Any, rules: AttrValue, mesh: AttrValue, encode: Encoder) ->
         else:
             axes.append(str(entry))
     return Partition(axes=tuple(axes), spec=encode(names), rules=rules, mesh=mesh)
-
-
-def unboxed(box: Any) -> Any:
-    """The value inside a metadata box; unlike ``box.unbox()``, with no sharding constraint."""
-    while isinstance(box, meta.AxisMetadata):
-        box = box.value if hasattr(box, "value") else box.unbox()
-    return box
 
 
 @dataclasses.dataclass(frozen=True)

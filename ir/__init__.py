@@ -39,6 +39,7 @@ from linsey.ir.errors import (
     VerifyError,
 )
 from linsey.ir.graph import (
+    RNG_COLLECTIONS,
     Graph,
     Node,
     Partition,
@@ -60,6 +61,7 @@ from linsey.ir.verify import problems, verify
 
 __all__ = [
     "ABSENT",
+    "RNG_COLLECTIONS",
     "Array",
     "AttrValue",
     "Attrs",

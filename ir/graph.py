@@ -14,6 +14,8 @@ from linsey.ir.decode import decode
 from linsey.ir.paths import Key, Path, format_path
 
 NONE = Const(None)
+RNG_COLLECTIONS = frozenset({"RngKey", "RngCount"})
+"""The collections in which the state of NNX's streams sits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,14 @@ class Slot:
     """What else an NNX Variable carries, key by key."""
     box: Template | None = None
     """The Linen metadata box around the value; None when it is unboxed."""
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether it is PRNG state of an NNX module inside a ToLinen.
+
+        Linen's streams give it anew at every call, and no variable of flax holds it.
+        """
+        return self.lifetime == "ephemeral" and self.collection in RNG_COLLECTIONS
 
     @property
     def path(self) -> Path:

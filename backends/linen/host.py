@@ -10,12 +10,12 @@ from typing import Any
 from flax import linen
 from flax.core import meta
 
+from linsey import _trees
 from linsey.backends import _private
-from linsey.backends._decode import RNG_COLLECTIONS, placeholder
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state, override_streams
-from linsey.ir import EmitError, HostParts, Path, decode, format_path
+from linsey.ir import RNG_COLLECTIONS, EmitError, HostParts, Path, decode, format_path
 
 _MISSING = object()
 
@@ -120,7 +120,7 @@ class NNXHost(linen.Module):
                 value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
             if value is _MISSING:
                 if optional and collection in RNG_COLLECTIONS:
-                    values[slot] = placeholder(slots[slot])
+                    values[slot] = _trees.placeholder(slots[slot])
                     continue
                 raise EmitError(
                     "the variable is missing",

@@ -16,17 +16,13 @@ from flax import core, errors, linen, nnx
 from flax.core import meta
 from flax.nnx import bridge
 
+from linsey import _trees
+from linsey._collections import unboxed
 from linsey.backends import _private
-from linsey.backends._decode import (
-    RNG_COLLECTIONS,
-    is_derived,
-    linen_module,
-    placeholder,
-    unboxed,
-)
+from linsey.backends._decode import linen_module
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan, linen_slots, rebuild
-from linsey.ir import EmitError, Path, format_path
+from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
 
 _NOT_BY_DEFAULT = frozenset({"params", "intermediates", "perturbations"})
 
@@ -53,7 +49,7 @@ class Region:
         self.slots = [
             (slot, graph.slots[slot].collection, path)
             for path, slot in linen_slots(graph, spec.node)
-            if not is_derived(graph.slots[slot])
+            if not graph.slots[slot].is_derived
         ]
         self._empty = graph.empty if spec.node == graph.root else ()
         self._slot_at = {(collection, path): slot for slot, collection, path in self.slots}
@@ -323,7 +319,7 @@ class Inner:
         for slot, path in self._derived:
             # Which streams an nnx.Rngs has follows from those that the call brings.
             found = state.get(path, state.get((*path[:-2], "default", path[-1])))
-            values[slot] = placeholder(self._graph.slots[slot]) if found is None else found
+            values[slot] = _trees.placeholder(self._graph.slots[slot]) if found is None else found
             if found is None or path not in state:
                 missing.append(slot)
                 continue

@@ -13,7 +13,7 @@ from flax import nnx
 
 from linsey import _trees
 from linsey.backends import _private
-from linsey.backends._decode import is_derived, kind_of, linen_module, metadata_of
+from linsey.backends._decode import kind_of, linen_module, metadata_of
 from linsey.backends._spec import HostSpec
 from linsey.ir import (
     EmitError,
@@ -29,11 +29,8 @@ from linsey.ir import (
 from linsey.ir import (
     Sequence as SequenceAttr,
 )
+from linsey.ir.reserved import KEYS, NAMES, STATE, TREE
 
-STATE = "_pytree__state"
-TREE = "_pytree__def"
-KEYS = "_pytree__keys"
-NAMES = "_pytree__names"
 # A call may add Variables (sow does); these two attributes keep track of that.
 _BOOKKEEPING = frozenset({"_pytree__nodes", STATE})
 
@@ -166,7 +163,7 @@ class Plan:
         entry.items.append(("to_nnx__module", _STATIC, linen_module(self.graph, number)))
         self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path, {})
         for below, slot in linen_slots(self.graph, number):
-            if is_derived(self.graph.slots[slot]):
+            if self.graph.slots[slot].is_derived:
                 continue  # PRNG state in a ToLinen below: flax stores it nowhere
             self._slot(slot, (*path, *below))
             entry.linen.append((below, slot))

@@ -10,6 +10,7 @@ from flax import nnx
 from flax.core.scope import in_filter
 from flax.nnx import bridge
 
+from linsey._collections import collection_of
 from linsey.backends._decode import abstract_value
 from linsey.backends._record import Called
 from linsey.backends.nnx.build import Plan
@@ -108,11 +109,7 @@ def new_state(plan: Plan, module: Any, known: set[Path]) -> dict[str, Any]:
     for path, leaf in nnx.to_flat_state(nnx.state(module)):
         if path in known or not isinstance(leaf, nnx.Variable):
             continue
-        try:
-            collection = nnx.variable_name_from_type(type(leaf))
-        except ValueError:
-            collection = type(leaf).__name__
-        holder = extra.setdefault(collection, {})
+        holder = extra.setdefault(collection_of(type(leaf)), {})
         for name in path[:-1]:
             holder = holder.setdefault(name, {})
         holder[path[-1]] = leaf.get_raw_value()

@@ -9,7 +9,8 @@ from typing import Any
 from flax import linen, nnx
 
 from linsey import _trees
-from linsey.backends._decode import boxed, unboxed
+from linsey._collections import kind_of_collection, unboxed
+from linsey.backends._decode import boxed
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.region import Region
 from linsey.backends.nnx.build import Plan
@@ -157,7 +158,7 @@ class LinenHost(nnx.Module):
         name = (
             f"{collection}__collection" if taken or _is_reserved(self, collection) else collection
         )
-        kind = nnx.variable_type_from_name(collection, allow_register=True)
+        kind = kind_of_collection(collection)
         old = vars(self).get(name, {})
         setattr(self, name, nnx.data(_variables(kind, tree, old)))
 

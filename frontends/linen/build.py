@@ -11,13 +11,11 @@ from flax import linen, nnx
 
 import linsey.frontends.nnx.build as nnx_build
 from linsey import _trees
+from linsey._collections import EPHEMERAL, collection_of, unboxed
 from linsey.frontends._builder import Builder
 from linsey.frontends._encode import (
-    EPHEMERAL,
     FlaxEncoder,
-    collection_of,
     linen_variable,
-    unboxed,
 )
 from linsey.frontends.linen.observe import (
     Call,

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import core, errors, linen, nnx
 
 from linsey import _trees
+from linsey._collections import unboxed
 from linsey.frontends import _private
 from linsey.frontends._builder import Builder, Draft
-from linsey.frontends._encode import unboxed
 from linsey.frontends._record import Lowered, Request
 from linsey.frontends.linen.build import Region, add_variables
 from linsey.frontends.linen.observe import Observer, observing
@@ -25,7 +25,6 @@ from linsey.ir import (
     Host,
     LoweringError,
     Path,
-    Slot,
     Source,
     Values,
     ValuesError,
@@ -197,8 +196,8 @@ def read(graph: Graph, variables: Any, places: Mapping[int, Path] = MappingProxy
     for number, slot in enumerate(graph.slots):
         value = _get(variables, places.get(number, (slot.collection, *slot.path)))
         if value is _MISSING:
-            if is_derived(slot):
-                arrays.append(placeholder(slot))
+            if slot.is_derived:
+                arrays.append(_trees.placeholder(slot))
             else:
                 problems.append(f"{slot.key}: missing, expected {slot.type}")
             continue
@@ -240,29 +239,13 @@ def _extra(graph: Graph, variables: Any, places: Mapping[int, Path]) -> list[str
     return found
 
 
-def is_derived(slot: Slot) -> bool:
-    """Whether a slot is PRNG state of an NNX module inside a ToLinen.
-
-    flax makes such state anew from ``rngs`` at every call and keeps it in no variable.
-    """
-    return slot.lifetime == "ephemeral" and slot.collection in ("RngKey", "RngCount")
-
-
-def placeholder(slot: Slot) -> Any:
-    """A value for derived PRNG state; every call through Linen replaces it."""
-    shape = slot.type.shape  # type: ignore[union-attr]
-    if slot.collection == "RngCount":
-        return jnp.zeros(shape, jnp.uint32)
-    return jnp.broadcast_to(jax.random.key(0), shape)
-
-
 def _initialiser(
     module: linen.Module,
     request: Request,
     arguments: _trees.Arguments,
     graph: Graph,
 ) -> Callable[[Any], Values]:
-    is_mixed = any(map(is_derived, graph.slots)) or any(
+    is_mixed = any(slot.is_derived for slot in graph.slots) or any(
         node.wrapper is not None for node in graph.nodes
     )
 
@@ -296,7 +279,5 @@ def _derived_values(graph: Graph, observer: Observer) -> dict[str, Any]:
                 if _private.is_current(leaf):  # one made inside a lifted transform is not
                     found[*path, *map(as_key, below)] = leaf.get_raw_value()
     return {
-        slot.key: found[slot.path]
-        for slot in graph.slots
-        if is_derived(slot) and slot.path in found
+        slot.key: found[slot.path] for slot in graph.slots if slot.is_derived and slot.path in found
     }

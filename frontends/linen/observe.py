@@ -13,8 +13,8 @@ from flax import core, linen, nnx, struct
 from flax.core import meta
 from flax.nnx import bridge
 
+from linsey._collections import collection_of
 from linsey.frontends import _private
-from linsey.frontends._encode import collection_of
 
 LinenPath = tuple[str, ...]
 

@@ -12,9 +12,10 @@ from flax import nnx
 from flax.nnx import bridge
 
 from linsey import _trees
+from linsey._collections import collection_of
 from linsey.frontends import _private
 from linsey.frontends._builder import Builder, Draft
-from linsey.frontends._encode import FlaxEncoder, collection_of, nnx_variable
+from linsey.frontends._encode import FlaxEncoder, nnx_variable
 from linsey.ir import (
     Const,
     Graph,
@@ -33,15 +34,8 @@ from linsey.ir import (
     format_path,
     is_host,
 )
+from linsey.ir.reserved import KEYS, NAMES, STATE, TREE
 
-STATE = "_pytree__state"
-"""Attribute under which NNX keeps whether an object is initialising; stored as two bools."""
-TREE = "_pytree__def"
-"""Attribute under which a plain pytree's definition is stored."""
-KEYS = "_pytree__keys"
-"""Attribute under which the order of a plain pytree's children is stored."""
-NAMES = "_pytree__names"
-"""Attribute under which a dict's keys that are neither str nor int are stored, by their names."""
 _MAX_ALIASES = 8
 
 SlotOf = Callable[[nnx.Variable[Any], Path], int | None]

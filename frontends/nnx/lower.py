@@ -17,7 +17,6 @@ from linsey.frontends import _private
 from linsey.frontends._builder import Builder
 from linsey.frontends._record import Lowered, Request
 from linsey.frontends.linen.build import signature
-from linsey.frontends.linen.lower import is_derived, placeholder
 from linsey.frontends.linen.observe import Call, Observer, observing
 from linsey.frontends.nnx.build import Walker
 from linsey.ir import Graph, LoweringError, Values, slot_index
@@ -316,7 +315,7 @@ def _walk(
 def _concrete(graph: Graph, arrays: list[Any]) -> Values | None:
     """The values, or None when the model is abstract."""
     arrays = [
-        placeholder(slot) if value is _NO_VALUE else value
+        _trees.placeholder(slot) if value is _NO_VALUE else value
         for slot, value in zip(graph.slots, arrays, strict=True)
     ]
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arrays)):
@@ -328,7 +327,7 @@ def _same(graph: Graph, model: Any) -> Values:
     """The values of a model that must have the structure of a graph."""
     other, arrays = _walk(model, {}, {})
     found = dict(zip((slot.key for slot in other.slots), arrays, strict=True))
-    found |= {slot.key: placeholder(slot) for slot in graph.slots if is_derived(slot)}
+    found |= {slot.key: _trees.placeholder(slot) for slot in graph.slots if slot.is_derived}
     missing = [slot.key for slot in graph.slots if slot.key not in found]
     if missing:
         raise LoweringError(

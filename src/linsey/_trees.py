@@ -20,6 +20,7 @@ from linsey.ir import (
     Encoder,
     Hole,
     LinseyError,
+    Slot,
     Template,
     TensorType,
     TreeType,
@@ -87,6 +88,14 @@ def abstract(value: Any) -> Any:
     return jax.tree.map(
         lambda leaf: shape_struct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf, value
     )
+
+
+def placeholder(slot: Slot) -> Any:
+    """A value for derived PRNG state (`Slot.is_derived`) that no call has derived yet."""
+    shape = slot.type.shape if isinstance(slot.type, TensorType) else ()
+    if slot.collection == "RngCount":
+        return jnp.zeros(shape, jnp.uint32)
+    return jnp.broadcast_to(jax.random.key(0), shape)
 
 
 def shape_struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

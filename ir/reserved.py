@@ -1,0 +1,13 @@
+"""Attribute names of a node that carry structure, and no hyper-parameter.
+
+A frontend writes them and a backend reads them; the printer leaves out all that begin with ``_``.
+"""
+
+STATE = "_pytree__state"
+"""Two bools: whether an NNX object is initialising, and whether its setup has run."""
+TREE = "_pytree__def"
+"""A `Template`: the definition of a container that is neither list, tuple nor dict."""
+KEYS = "_pytree__keys"
+"""The names of that container's children, in the order of the template's holes."""
+NAMES = "_pytree__names"
+"""The keys of a dict that are neither str nor int, by the names of the children."""
