@@ -14,7 +14,7 @@ from linsey.backends._decode import boxed
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.region import Region
 from linsey.backends.nnx.build import Plan
-from linsey.ir import EmitError, HostParts, Key, Path, decode, format_path, node_paths
+from linsey.ir import EmitError, HostParts, Key, Path, StackAxis, decode, format_path, node_paths
 
 SPEC = "linsey_spec"
 _RNGS = "rngs"
@@ -228,20 +228,24 @@ def _variables(kind: Any, tree: Any, old: Any) -> Any:
 
 
 def _check_not_stacked(region: Region) -> None:
-    where = region.spec.cached("path", _node_path)
-    for slot, _, _ in region.slots:
-        for axis in region.spec.graph.slots[slot].stack:
+    where, axis = region.spec.cached("outer axis", _outer_axis)
+    if axis is not None:
+        raise EmitError(
+            f"its values are stacked ({axis}) by the transform that"
+            f" {format_path(axis.owner) or 'the root'} runs",
+            path=format_path(where),
+            fix="Call the module that runs the transform; it gives this one its slices.",
+        )
+
+
+def _outer_axis(spec: HostSpec) -> tuple[Path, StackAxis | None]:
+    """The path of a node, and an axis that a transform above it stacks its values by."""
+    where = node_paths(spec.graph)[spec.node]
+    for slot, _, _ in _region(spec).slots:
+        for axis in spec.graph.slots[slot].stack:
             if axis.owner[: len(where)] != where:
-                raise EmitError(
-                    f"its values are stacked ({axis}) by the transform that"
-                    f" {format_path(axis.owner) or 'the root'} runs",
-                    path=format_path(where),
-                    fix="Call the module that runs the transform; it gives this one its slices.",
-                )
-
-
-def _node_path(spec: HostSpec) -> Path:
-    return node_paths(spec.graph)[spec.node]
+                return where, axis
+    return where, None
 
 
 def _is_reserved(host: LinenHost, name: str) -> bool:

@@ -283,7 +283,7 @@ class Walker:
             now,
             collection=was.collection,
             kind=was.kind,
-            stack=was.stack,
+            stack=_moved_stack(was, now),
             metadata=was.metadata,
             partition=was.partition if same else now.partition,
             lifetime=was.lifetime,
@@ -298,7 +298,7 @@ class Walker:
             if name in before:
                 now, old = self._builder.slots[slot], graph.slots[before[name]]
                 self._builder.slots[slot] = dataclasses.replace(
-                    now, box=old.box, stack=old.stack, lifetime=old.lifetime
+                    now, box=old.box, stack=_moved_stack(old, now), lifetime=old.lifetime
                 )
         children = dict(node.children)
         draft.wrapper = node.wrapper
@@ -327,6 +327,12 @@ class Walker:
         if path not in slot.paths and len(slot.paths) < _MAX_ALIASES:
             paths = (*slot.paths, path)
             self._builder.slots[number] = dataclasses.replace(slot, paths=paths)
+
+
+def _moved_stack(was: Slot, now: Slot) -> tuple[StackAxis, ...]:
+    """The stack of a slot whose module now stands elsewhere: its owners moved with it."""
+    base = now.path[: len(now.path) - len(was.path)]
+    return tuple(dataclasses.replace(axis, owner=(*base, *axis.owner)) for axis in was.stack)
 
 
 def _holds_variables(value: Any) -> bool:

@@ -742,3 +742,25 @@ def test_a_box_becomes_partition_metadata() -> None:
         assert model.Dense_0.kernel.get_metadata("out_sharding") == ("in", "out")
         assert_same(model(X), Boxed().apply(variables, X))
         assert_same(linsey.lower(model).emit("linen")[1], variables)
+
+
+class Around(nnx.Module):
+    """NNX code around an emitted module."""
+
+    def __init__(self, inner: nnx.Module) -> None:
+        self.inner = inner
+
+    def __call__(self, x: Any) -> Any:
+        return self.inner(x)
+
+
+def test_an_emitted_module_inside_a_bigger_model_lowers_to_its_own_node() -> None:
+    model = Around(linsey.to_nnx(Stack(), X, rngs=0))
+    program = linsey.lower(model)
+    stacks = {slot.key: slot.stack for slot in program.graph.slots}
+    assert {axis.owner for stack in stacks.values() for axis in stack} == {("inner", "layers")}
+    again = nnx.merge(*program.emit("nnx"))
+    assert linsey.lower(again).graph == program.graph
+    assert_same(again(X), model(X))
+    with pytest.raises(linsey.LinseyError, match="by the transform that inner/layers runs"):
+        again.inner.layers.Dense_0(X)
