@@ -15,6 +15,7 @@ from linsey.ir import (
     Source,
     Stream,
     Wrapper,
+    canonical,
     verify,
 )
 
@@ -105,11 +106,10 @@ class Builder:
                 name: offset - 1 - index if index < 0 else index
                 for name, index in draft.streams.items()
             }
-        return verify(
-            Graph(
-                nodes=tuple(draft.finish() for draft in self.nodes),
-                slots=tuple(self.slots),
-                streams=(*self._streams.values(), *self._counted),
-                empty=tuple(self.empty),
-            )
+        graph = Graph(
+            nodes=tuple(draft.finish() for draft in self.nodes),
+            slots=tuple(self.slots),
+            streams=(*self._streams.values(), *self._counted),
+            empty=tuple(self.empty),
         )
+        return verify(canonical(graph))

@@ -28,6 +28,7 @@ from linsey.ir.attributes import (
     Template,
     describe,
 )
+from linsey.ir.canonical import canonical
 from linsey.ir.decode import Decoder, decode
 from linsey.ir.encode import Encoder, encode, reference
 from linsey.ir.errors import (
@@ -104,6 +105,7 @@ __all__ = [
     "VerifyError",
     "Wrapper",
     "as_key",
+    "canonical",
     "decode",
     "describe",
     "describe_class",

@@ -114,13 +114,13 @@ def extract(graph: Graph, path: Path) -> Graph:
     places = _slot_paths(graph, start)
     nodes = [root, *(graph.nodes[old] for old in reach[1:])]
     return Graph(
-        nodes=tuple(_renumber(node, new_node, new_slot, new_stream) for node in nodes),
+        nodes=tuple(renumber(node, new_node, new_slot, new_stream) for node in nodes),
         slots=tuple(_rebase(graph.slots[old], path, places[old], new_slot) for old in sorted(held)),
         streams=tuple(
             replace(
                 graph.streams[old],
-                key=_moved(graph.streams[old].key, new_slot),
-                count=_moved(graph.streams[old].count, new_slot),
+                key=moved(graph.streams[old].key, new_slot),
+                count=moved(graph.streams[old].count, new_slot),
             )
             for old in sorted(used)
         ),
@@ -132,9 +132,10 @@ def extract(graph: Graph, path: Path) -> Graph:
     )
 
 
-def _renumber(
+def renumber(
     node: Node, nodes: dict[int, int], slots: dict[int, int], streams: dict[int, int]
 ) -> Node:
+    """A node with other numbers for the nodes, slots and streams that it holds."""
     wrapper = node.wrapper and replace(
         node.wrapper,
         children=tuple((name, nodes[child]) for name, child in node.wrapper.children),
@@ -205,12 +206,13 @@ def _rebase(slot: Slot, path: Path, place: Path, slots: dict[int, int]) -> Slot:
             replace(entry, owner=entry.owner[depth:] if entry.owner[:depth] == path else ())
             for entry in slot.stack
         ),
-        mirrors=_moved(slot.mirrors, slots),
+        mirrors=moved(slot.mirrors, slots),
     )
 
 
-def _moved(index: int | None, moved: dict[int, int]) -> int | None:
-    return None if index is None else moved.get(index)
+def moved(index: int | None, numbers: dict[int, int]) -> int | None:
+    """An index under other numbers; None where there is none any more."""
+    return None if index is None else numbers.get(index)
 
 
 def _references(value: AttrValue) -> tuple[int, ...]:

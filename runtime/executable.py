@@ -11,7 +11,7 @@ from flax import errors
 
 from linsey import _trees
 from linsey.backends import Backend
-from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, describe, slot_index
+from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, decode, describe, slot_index
 
 _EMPTY: dict[str, Any] = {}
 _ARRAY_TYPES: set[type] = set()
@@ -50,6 +50,7 @@ class Executable:
         capture: tuple[str, ...] = (),
         donate: bool = False,
     ) -> None:
+        _check_method(graph, method)
         self.graph = graph
         self.method = method
         self._init = init
@@ -105,7 +106,7 @@ class Executable:
             ValuesError: the values are not those of this program.
             EmitError: a PRNG stream is missing.
         """
-        index = getattr(values, "index", None)
+        index = values.index if isinstance(values, Values) else values
         if index is not self._index and index != self._index:
             raise _not_ours(index, self._index)
         # What follows is paid at every call: a microsecond in all.
@@ -166,6 +167,7 @@ class Executable:
     ) -> tuple[Any, dict[int, Any] | None]:
         """What is compiled: the output, and the slots that changed, or None when none did."""
         rngs = None if keys is None else _trees.key_dict(keys)
+        _trees.check_shapes(self.graph, arrays)
         try:
             called = self._run(
                 arrays, args, kwargs, method=self.method, rngs=rngs, mutable=self._mutable
@@ -225,6 +227,26 @@ class _Donating:
         return self._jitted(self._take(arrays), self._leave(arrays), dynamic, keys)
 
 
+def _check_method(graph: Graph, method: Any) -> None:
+    """Refuses a method that the root cannot have.
+
+    Raises:
+        EmitError: it is neither callable nor the name of a method or (in Linen) of a submodule.
+    """
+    root = graph.nodes[graph.root]
+    if method is None or callable(method) or root.source is None:
+        return
+    cls = decode(root.source.cls)
+    if not isinstance(method, str) or not (
+        callable(getattr(cls, method, None)) or method in dict(root.children)
+    ):
+        raise EmitError(
+            f"{describe(root.source.cls)} has no method {method!r}",
+            path=describe(root.source.cls),
+            fix="Pass the name of a method, or a function of the module.",
+        )
+
+
 def _name(graph: Graph, method: Any) -> str:
     source = graph.nodes[graph.root].source
     cls = "root" if source is None else describe(source.cls)
@@ -266,9 +288,10 @@ def _with_capture(run: Any, mutable: Any, capture: tuple[str, ...]) -> Any:
 def _not_ours(found: object, expected: SlotIndex) -> ValuesError:
     if not isinstance(found, SlotIndex):
         return ValuesError(
-            "found something that is not linsey.Values",
+            f"found {type(found).__name__}, expected linsey.Values",
             path="values",
-            fix="Pass what exe.init, program.values or an earlier call gave.",
+            fix="Pass what exe.init, program.values or an earlier call gave; for Linen variables:"
+            " linsey.lower(..., variables=variables).values.",
         )
     missing = [key for key in expected.keys if key not in found.positions]
     extra = [key for key in found.keys if key not in expected.positions]

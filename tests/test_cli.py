@@ -227,7 +227,7 @@ def test_json_holds_the_whole():
         }
     ]
     assert data["summary"]["collections"]["batch_stats"] == {"slots": 2, "bytes": 64}
-    assert data["summary"]["streams"] == ["params", "dropout"]
+    assert data["summary"]["streams"] == ["dropout", "params"]
 
 
 def test_json_is_the_same_each_time():

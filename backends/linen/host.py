@@ -67,6 +67,8 @@ class NNXHost(linen.Module):
         module = plan.build(called)
         output = getattr(module, name)(*args, **kwargs)
         assert self.scope is not None
+        if not keys:
+            self._check_streams(module, called, self.is_mutable_collection)
         if self.scope.mutable is not False:
             after = plan.read(module, called)
             if keys:  # the stored streams stay as they are when a call brings its own
@@ -103,8 +105,33 @@ class NNXHost(linen.Module):
         def stored(collection: str, name: str) -> Any:
             return variables.get(collection, {}).get(name, _MISSING)
 
-        module = _plan(self.spec).build(self._values(stored, optional=False))
-        return getattr(module, method or "__call__")(*args, **call)
+        values = self._values(stored, optional=False)
+        module = _plan(self.spec).build(values)
+        output = getattr(module, method or "__call__")(*args, **call)
+        self._check_streams(module, values, is_mutable=lambda collection: False)
+        return output
+
+    @linen.nowrap
+    def _check_streams(
+        self, module: Any, before: list[Any], is_mutable: Callable[[str], bool]
+    ) -> None:
+        """Refuses a call that drew from stored streams whose counters cannot change.
+
+        Every such call would draw the same keys. A ToNNX draws from all its streams at every call,
+        needed or not: those do not count.
+        """
+        counts = self.spec.cached("counts", _counts)
+        if not counts or is_mutable("RngCount"):
+            return
+        after = _plan(self.spec).read(module, before)
+        for slot in counts:
+            if after[slot] is not before[slot]:
+                raise EmitError(
+                    "the call drew a key from this stream, and its counter cannot change: the next"
+                    " call would draw the same",
+                    path=format_path(self.spec.graph.slots[slot].path[:-1]),
+                    fix="Pass mutable=['RngCount'] and store what comes back, or rngs= with a key.",
+                )
 
     @linen.nowrap
     def _stored(self, collection: str, name: str) -> Any:
@@ -114,9 +141,10 @@ class NNXHost(linen.Module):
     def _values(self, stored: Callable[[str, str], Any], *, optional: bool) -> list[Any]:
         slots = self.spec.graph.slots
         values: list[Any] = [None] * len(slots)
-        for slot, (collection, *path) in _places(self.spec).items():
-            value = stored(str(collection), str(path[0]))
-            for name in path[1:]:
+        for slot, place in _places(self.spec).items():
+            collection = place[0]
+            value = stored(str(collection), str(place[1]))
+            for name in place[2:]:
                 value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
             if value is _MISSING:
                 if optional and collection in RNG_COLLECTIONS:
@@ -124,11 +152,17 @@ class NNXHost(linen.Module):
                     continue
                 raise EmitError(
                     "the variable is missing",
-                    path=format_path((collection, *path)),
+                    path=format_path(place),
                     fix="Pass the variables that linsey.to_linen or program.emit returned.",
                 )
             while isinstance(value, meta.AxisMetadata):
                 value = value.unbox()
+            if not _trees.fits(slots[slot], value):
+                raise EmitError(
+                    f"found the shape {getattr(value, 'shape', None)}, expected {slots[slot].type}",
+                    path=format_path(place),
+                    fix="Pass the variables that linsey.to_linen or program.emit returned.",
+                )
             values[slot] = value
         return values
 
@@ -184,6 +218,13 @@ def linen_places(spec: HostSpec) -> dict[int, Path]:
         is_doubled = collection == "params" and first == "params"
         places[slot] = (collection, "params__nnx" if is_doubled else first, *path[1:])
     return places
+
+
+def _counts(spec: HostSpec) -> list[int]:
+    """The counters of the streams that the NNX code itself draws from."""
+    streams = spec.graph.streams
+    counts = [stream.count for stream in streams if stream.count is not None]
+    return [slot for slot in counts if "to_nnx__rngs" not in spec.graph.slots[slot].path]
 
 
 def _known(spec: HostSpec) -> set[Path]:

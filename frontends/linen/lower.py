@@ -121,7 +121,8 @@ def _explained(
     where = "/".join(observer.failed_at or ()) or type(module).__name__
     if isinstance(error, LoweringError):
         return error
-    if isinstance(error, errors.InvalidRngError):
+    is_stream = isinstance(error, errors.InvalidRngError) or "No RngStream named" in str(error)
+    if is_stream:
         given = ", ".join(sorted(keys)) or "none"
         return LoweringError(
             f"a PRNG stream is missing; given: {given}. {error}",
@@ -211,11 +212,15 @@ def read(graph: Graph, variables: Any, places: Mapping[int, Path] = MappingProxy
         arrays.append(unboxed(value))
     problems.extend(_extra(graph, variables, places))
     if problems:
+        tops = {slot.path[0] for slot in graph.slots}
+        is_one = bool(graph.slots) and set(variables) <= tops
         raise ValuesError(
             f"the variables are not those of the module, {len(problems)} differ:\n  "
             + "\n  ".join(problems),
             path="variables",
-            fix="Initialise by the same method and inputs as those given to lower.",
+            fix="Pass the whole dict of collections: this seems to be one of them."
+            if is_one
+            else "Initialise by the same method and inputs as those given to lower.",
         )
     return Values(slot_index(graph), tuple(arrays))
 

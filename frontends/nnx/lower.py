@@ -308,8 +308,9 @@ def _walk(
     walker = Walker(builder, nested=nested)
     root = walker.add(model, ())
     builder.nodes[root].signatures.extend(signature(call, walker.encode) for call in calls.values())
+    values = {builder.slots[number].key: value for number, value in walker.values.items()}
     graph = builder.finish()
-    return graph, [walker.values.get(number, _NO_VALUE) for number in range(len(graph.slots))]
+    return graph, [values.get(slot.key, _NO_VALUE) for slot in graph.slots]
 
 
 def _concrete(graph: Graph, arrays: list[Any]) -> Values | None:

@@ -5,7 +5,7 @@ The one file that every layer above `linsey.ir` may use; it needs jax, but not f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,14 @@ from linsey.ir import (
     AttrValue,
     Decoder,
     Encoder,
+    Graph,
     Hole,
     LinseyError,
     Slot,
     Template,
     TensorType,
     TreeType,
+    ValuesError,
     ValueType,
 )
 
@@ -88,6 +90,36 @@ def abstract(value: Any) -> Any:
     return jax.tree.map(
         lambda leaf: shape_struct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf, value
     )
+
+
+def check_shapes(graph: Graph, arrays: Sequence[Any]) -> None:
+    """Checks that values have the shapes of their slots; dtypes may differ, as for half precision.
+
+    Raises:
+        ValuesError: with every slot whose value has another shape.
+    """
+    wrong = [
+        f"{slot.key}: found {_shown(value)}, expected {slot.type}"
+        for slot, value in zip(graph.slots, arrays, strict=True)
+        if not fits(slot, value)
+    ]
+    if wrong:
+        raise ValuesError(
+            f"{len(wrong)} values do not fit their slots:\n  " + "\n  ".join(wrong),
+            path="values",
+            fix="Give each slot a value of its shape.",
+        )
+
+
+def fits(slot: Slot, value: Any) -> bool:
+    """Whether a value has the shape of a slot; pytrees and Python numbers are not looked into."""
+    if not isinstance(slot.type, TensorType) or isinstance(value, _NUMBERS):
+        return True
+    return getattr(value, "shape", None) == slot.type.shape
+
+
+def _shown(value: Any) -> str:
+    return str(tensor_type(value)) if hasattr(value, "shape") else type(value).__name__
 
 
 def placeholder(slot: Slot) -> Any:

@@ -66,7 +66,7 @@ def _lower(request: Request) -> Lowered:
 
 def _is_factory(source: Any) -> bool:
     """Whether it is a function that makes a module; classes are for the frontends to judge."""
-    is_module = isinstance(source, linen.Module | nnx.Pytree)
+    is_module = isinstance(source, linen.Module | nnx.Pytree | nnx.Variable)
     return callable(source) and not isinstance(source, type) and not is_module
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from linsey import plugins
+from linsey import _trees, plugins
 from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, Values, verify
 from linsey.runtime import Executable
@@ -65,6 +65,7 @@ class Program:
             PluginError: there is no such backend.
             EmitError: the graph cannot be emitted there.
             VerifyError: the graph is not sound.
+            ValuesError: a value has another shape than its slot.
 
         Example:
             >>> import jax, linsey
@@ -75,6 +76,8 @@ class Program:
             (1, 2)
         """
         backend: Backend = plugins.load("linsey.backends", target)
+        if self.values is not None:
+            _trees.check_shapes(self.graph, self.values.arrays)
         return backend.emit(verify(self.graph), self.values)
 
     def compile(
@@ -82,7 +85,7 @@ class Program:
         method: Any = None,
         *,
         mutable: Any = None,
-        capture: tuple[str, ...] = (),
+        capture: str | tuple[str, ...] = (),
         donate: bool = False,
     ) -> Executable:
         """Compiles one method; see `linsey.runtime.Executable`.
@@ -110,7 +113,7 @@ class Program:
             self.initialize,
             method=method,
             mutable=mutable,
-            capture=tuple(capture),
+            capture=(capture,) if isinstance(capture, str) else tuple(capture),
             donate=donate,
         )
 

@@ -511,8 +511,28 @@ def test_streams_advance_when_their_counters_are_mutable() -> None:
         found, updates = module.apply(variables, X, mutable=["RngCount"])
         assert set(updates) == {"RngCount"}
         assert_same(found, expected)
-        assert_same(module.apply(variables, X), expected)
         variables = {**variables, **updates}
+
+
+@pytest.mark.parametrize("mutable", [False, ["params"]])
+def test_a_stream_that_cannot_advance_is_refused(mutable: Any) -> None:
+    module, variables = linsey.to_linen(Wobbly(rngs=nnx.Rngs(0)))
+    with pytest.raises(
+        linsey.LinseyError, match="its counter cannot change: the next call"
+    ) as error:
+        module.apply(variables, X, mutable=mutable)
+    assert error.value.path == "dropout/rngs"
+    assert "mutable=['RngCount']" in error.value.fix
+
+
+def test_a_variable_of_another_shape_is_refused() -> None:
+    module, variables = linsey.to_linen(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    wrong = {"params": {**variables["params"], "bias": jnp.ones(1)}}
+    for mutable in (False, ["params"]):
+        with pytest.raises(
+            linsey.LinseyError, match=r"found the shape \(1,\), expected float32\[3\]"
+        ):
+            module.apply(wrong, jnp.ones((2, 4)), mutable=mutable)
 
 
 def test_keys_given_to_apply_take_the_place_of_the_stored_ones() -> None:
@@ -520,7 +540,8 @@ def test_keys_given_to_apply_take_the_place_of_the_stored_ones() -> None:
     keys = {"dropout": jax.random.key(5)}
     first, second = (module.apply(variables, X, rngs=keys) for _ in range(2))
     assert_same(first, second)
-    assert not jnp.array_equal(first, module.apply(variables, X))
+    stored, _ = module.apply(variables, X, mutable=["RngCount"])
+    assert not jnp.array_equal(first, stored)
     without = {"params": variables["params"]}
     assert_same(module.apply(without, X, rngs=keys), first)
     found, updates = module.apply(variables, X, rngs=keys, mutable=["RngCount", "RngKey"])

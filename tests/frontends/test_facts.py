@@ -221,3 +221,35 @@ def test_a_jitted_class_shows_its_inside_although_it_was_traced_before() -> None
 
 def test_a_lifted_class_prints_as_the_calls_that_made_it() -> None:
     assert "linen.vmap(scan(CachedDense))()" in str(linsey.lower(AllEqual(), X))
+
+
+class TwoCollections(nn.Module):
+    """A module whose visiting order is not the order of its collections."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.BatchNorm(use_running_average=False)(nn.LayerNorm()(x))
+
+
+@pytest.mark.parametrize("make", [TwoCollections, AllEqual, Sharing, Noisy])
+def test_an_emitted_model_lowers_to_an_equal_graph(make: Any) -> None:
+    program = linsey.lower(make(), X, rngs={"params": 0, "noise": 1, "dropout": 2}).init()
+    again = linsey.lower(nnx.merge(*program.emit("nnx")))
+    assert again.graph.slots == program.graph.slots
+    assert again.graph == program.graph
+    assert again.emit("nnx")[0] == program.emit("nnx")[0]
+    together = jax.tree.map(
+        lambda a, b: a + b, *(p.values.select("params") for p in (program, again))
+    )
+    assert len(together) > 0
+
+
+def test_one_collection_for_all_variables_is_told_apart() -> None:
+    variables = nn.Dense(3).init(jax.random.key(0), X)
+    with pytest.raises(linsey.LinseyError, match="this seems to be one of them"):
+        linsey.lower(nn.Dense(3), X, variables=variables["params"])
+
+
+def test_a_variable_is_no_factory() -> None:
+    with pytest.raises(linsey.LinseyError, match=r"no frontend accepts a .*Param"):
+        linsey.lower(nnx.Param(X))

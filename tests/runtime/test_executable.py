@@ -525,8 +525,9 @@ def test_missing_inputs() -> None:
 
 def test_a_method_that_is_not_there() -> None:
     program = linsey.lower(Counter(nnx.Rngs(0)))
-    with pytest.raises(EmitError, match=r"at Counter\.decode: the call raised AttributeError"):
-        program.compile(method="decode")(program.values, X)
+    for method in ("decode", 3):
+        with pytest.raises(EmitError, match=f"at Counter: Counter has no method {method!r}"):
+            program.compile(method=method)
 
 
 def test_values_of_another_program() -> None:
@@ -549,9 +550,23 @@ def test_values_that_are_none() -> None:
         with pytest.raises(ValuesError) as caught:
             exe(wrong, X)
         assert str(caught.value) == (
-            "at values: found something that is not linsey.Values\n"
-            "Pass what exe.init, program.values or an earlier call gave."
+            f"at values: found {type(wrong).__name__}, expected linsey.Values\n"
+            "Pass what exe.init, program.values or an earlier call gave; for Linen variables:"
+            " linsey.lower(..., variables=variables).values."
         )
+
+
+def test_values_of_another_shape() -> None:
+    exe, values, _ = net()
+    name = next(key for key in values if key.startswith("params/"))
+    wrong = values.replace({name: jnp.ones((1, 1, 1))})
+    for use in (
+        lambda: exe(wrong, X),
+        lambda: linsey.Program(graph=exe.graph, values=wrong).emit("nnx"),
+        lambda: linsey.Program(graph=exe.graph, values=wrong).emit("linen"),
+    ):
+        with pytest.raises(ValuesError, match=rf"{name}: found float32\[1,1,1\], expected float32"):
+            use()
 
 
 def test_a_live_module_cannot_be_initialised() -> None:
