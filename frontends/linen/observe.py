@@ -147,29 +147,27 @@ class Observer(_private.Watcher):
         finally:
             self._inside.pop()
 
-    def intercept(
-        self, run: Any, args: Any, kwargs: Any, context: linen.module.InterceptorContext
-    ) -> Any:
-        """The method interceptor: notes the call, and runs it."""
+    def call(self, module: Any, method: Any, run: Any, args: Any, kwargs: Any) -> Any:
+        """Notes a call of a Linen method, and runs it."""
         if self._inside:
-            return self._inside[-1].intercept(run, args, kwargs, context)
-        module = context.module
+            return self._inside[-1].call(module, method, run, args, kwargs)
+        name = getattr(method, "__name__", "unnamed_function")
         if module.scope is None:
             return run(*args, **kwargs)
         path: LinenPath = module.scope.path
         seen = self.modules.get(path)
         if seen is None:
             seen = self.modules[path] = Module(module)
-        if isinstance(module, bridge.ToLinen) and _is_to_linen_call(context):
+        if isinstance(module, bridge.ToLinen) and _is_to_linen_call(method):
             run = functools.partial(self._call_to_linen, seen, module, run)
         try:
             # flax checks `setup` by calling a lambda of its own on the module.
-            is_own = context.method_name in ("setup", "<lambda>")
+            is_own = name in ("setup", "<lambda>")
             # Inside a lifted class the values are slices: that call is not the node's.
             is_slice = type(module) is not type(seen.instance)
-            if is_own or is_slice or context.method_name in seen.calls:
+            if is_own or is_slice or name in seen.calls:
                 return run(*args, **kwargs)
-            call = seen.calls[context.method_name] = Call(context.method_name, args, kwargs)
+            call = seen.calls[name] = Call(name, args, kwargs)
             call.output = run(*args, **kwargs)
             return call.output
         except BaseException:
@@ -224,14 +222,13 @@ def _store_nested(module: bridge.ToLinen, made: nnx.Module) -> None:
             module.put_variable(collection, name, nested[path[0]])
 
 
-def _is_to_linen_call(context: linen.module.InterceptorContext) -> bool:
+def _is_to_linen_call(method: Any) -> bool:
     """Whether this is flax's own ``ToLinen.__call__``, and not a subclass's around it."""
-    method = getattr(context.orig_method, "func", None)
     return method is getattr(bridge.ToLinen.__call__, "__wrapped__", None)
 
 
 @contextlib.contextmanager
 def observing(observer: Observer) -> Iterator[Observer]:
     """Observes the Linen code that this thread runs inside the block."""
-    with _private.watching(observer), linen.intercept_methods(observer.intercept):
+    with _private.watching(observer):
         yield observer
