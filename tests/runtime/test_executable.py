@@ -466,18 +466,29 @@ def test_inside_vmap_over_values() -> None:
 
 
 def test_inside_scan() -> None:
-    exe, values, _ = net()
+    exe, values, variables = net()
+    inputs = jnp.stack([X, X + 1])
 
     @jax.jit
     def run(values: linsey.Values, inputs: Any) -> Any:
         return jax.lax.scan(lambda values, x: exe(values, x, rngs=CALL)[::-1], values, inputs)
 
-    after, outputs = run(values, jnp.stack([X, X + 1]))
-    assert outputs.shape == (2, 2, 8)
-    for x in (X, X + 1):
-        _, values = exe(values, x, rngs=CALL)
-    for key in values:
-        np.testing.assert_allclose(after[key], values[key], rtol=1e-6)  # a scan fuses otherwise
+    @jax.jit
+    def source(variables: Any, inputs: Any) -> Any:
+        @jax.jit
+        def apply(variables: Any, x: Any) -> Any:
+            return Net().apply(variables, x, rngs=CALL, mutable=["batch_stats"])
+
+        def step(variables: Any, x: Any) -> Any:
+            output, updates = apply(variables, x)
+            return {**variables, **updates}, output
+
+        return jax.lax.scan(step, variables, inputs)
+
+    after, outputs = run(values, inputs)
+    expected, expected_outputs = source(variables, inputs)
+    assert_same(outputs, expected_outputs)
+    assert_variables(after, expected)
 
 
 # bad input
