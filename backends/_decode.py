@@ -8,13 +8,14 @@ from typing import Any
 import jax
 from flax import linen, nnx
 from flax.core import meta
-from flax.nnx import bridge
 
 from linsey import _trees
+from linsey._boxes import NNXMeta
 from linsey._collections import kind_of_collection
 from linsey.backends import _private
 from linsey.ir import (
     RNG_COLLECTIONS,
+    AttrValue,
     Const,
     Decoder,
     Graph,
@@ -69,7 +70,7 @@ def emitted_box(slot: Slot, value: Any) -> Any:
     own = set(metadata) - {*nnx.Variable.required_metadata, "out_sharding", "mesh"}
     own -= {"sharding_rules"} if slot.partition is not None else set()
     if slot.collection not in RNG_COLLECTIONS and any(metadata[k] not in (None, ()) for k in own):
-        return bridge.NNXMeta(
+        return NNXMeta(
             var_type=kind_of(slot),
             value=value,
             metadata={k: v for k, v in metadata.items() if k not in nnx.Variable.required_metadata},
@@ -124,3 +125,13 @@ def linen_module(graph: Graph, number: int) -> linen.Module:
     value = Decoder(node=module)
     with _private.no_parent():
         return module(number)
+
+
+def decode_linen(value: AttrValue) -> Any:
+    """An attribute value that holds Linen modules: they are made unbound, whatever is called now.
+
+    Raises:
+        LinseyError: a part of it exists only in the process that it was made in.
+    """
+    with _private.no_parent():
+        return decode(value)

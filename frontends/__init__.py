@@ -1,5 +1,6 @@
 """Frontends: source module -> graph and values."""
 
+from linsey.frontends._encode import FlaxEncoder
 from linsey.frontends._record import Frontend, Lowered, Request
 
-__all__ = ["Frontend", "Lowered", "Request"]
+__all__ = ["FlaxEncoder", "Frontend", "Lowered", "Request"]

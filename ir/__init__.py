@@ -32,6 +32,7 @@ from linsey.ir.canonical import canonical
 from linsey.ir.decode import Decoder, decode
 from linsey.ir.encode import Encoder, encode, reference
 from linsey.ir.errors import (
+    BridgeError,
     EmitError,
     LinseyError,
     LoweringError,
@@ -66,6 +67,7 @@ __all__ = [
     "Array",
     "AttrValue",
     "Attrs",
+    "BridgeError",
     "Call",
     "Const",
     "DType",

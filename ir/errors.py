@@ -59,6 +59,10 @@ class ValuesError(LinseyError):
     """Values do not fit a graph: a slot is missing, unknown, or of another shape or dtype."""
 
 
+class BridgeError(LinseyError, ValueError):
+    """A wrapper of `linsey.bridge` cannot be made, initialised or called as it was."""
+
+
 class PluginError(LinseyError):
     """A frontend or a backend is unknown, clashes with another one, or failed to load."""
 

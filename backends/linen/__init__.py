@@ -3,6 +3,9 @@
 from typing import Any
 
 from linsey.backends._record import Backend, Runner
+from linsey.backends.linen.graphdef import GraphDef
+from linsey.backends.linen.host import plain_call
+from linsey.backends.linen.hosting import GRAPH_COLLECTION, Hosting
 from linsey.ir import Graph, Values
 
 
@@ -20,4 +23,4 @@ def _runner(graph: Graph) -> Runner:
 
 backend = Backend(name="linen", emit=_emit, runner=_runner)
 
-__all__ = ["backend"]
+__all__ = ["GRAPH_COLLECTION", "GraphDef", "Hosting", "backend", "plain_call"]

@@ -10,7 +10,8 @@ from flax import linen
 from linsey.backends._decode import abstract_value, boxed, emitted_box, linen_module
 from linsey.backends._record import Called
 from linsey.backends._spec import HostSpec
-from linsey.backends.linen.host import NNXHost, linen_places
+from linsey.backends.linen.host import NNXHost
+from linsey.backends.linen.hosting import Hosting
 from linsey.backends.linen.region import Region
 from linsey.backends.nnx.build import is_hosted
 from linsey.ir import Graph, Node, Values, decode
@@ -31,7 +32,7 @@ def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, A
 
 def _variables(spec: HostSpec, arrays: Sequence[Any]) -> dict[str, Any]:
     variables: dict[str, Any] = {}
-    for slot, path in linen_places(spec).items():
+    for slot, path in Hosting.of(spec).places.items():
         holder: dict[Any, Any] = variables
         for name in path[:-1]:
             holder = holder.setdefault(name, {})

@@ -21,7 +21,7 @@ from linsey._collections import unboxed
 from linsey.backends import _private
 from linsey.backends._decode import linen_module
 from linsey.backends._spec import HostSpec
-from linsey.backends.nnx.build import Plan, linen_slots, rebuild
+from linsey.backends.nnx.build import Plan, linen_slots, rebuild, value_at
 from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
 
 _NOT_BY_DEFAULT = frozenset({"params", "intermediates", "perturbations"})
@@ -278,10 +278,7 @@ class Inner:
         path = self._plan.slots[slot]
         if "to_nnx__rngs" not in path:
             return False
-        holder: Any = made
-        for name in path[:-2]:
-            is_item = isinstance(holder, list | tuple | dict | nnx.List | nnx.Dict)
-            holder = holder[name] if is_item else getattr(holder, str(name))
+        holder = value_at(made, path[:-2])
         if path[-2] in vars(holder):
             delattr(holder, str(path[-2]))
         return True

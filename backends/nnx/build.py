@@ -6,7 +6,7 @@ called in, with no constructor and no flattening.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -51,7 +51,7 @@ class _Entry:
         self.tree: Template | None = None
         self.keys: tuple[Key, ...] = ()
         self.linen: list[tuple[Path, int]] = []
-        """The variables of a wrapped Linen module: path below the wrapper, and slot."""
+        """The variables of a wrapped Linen module: attribute path in the wrapper, and slot."""
 
 
 class Plan:
@@ -160,13 +160,20 @@ class Plan:
                 entry.state = decode(value)
             else:
                 entry.items.append((name, _STATIC, decode(value)))
-        entry.items.append(("to_nnx__module", _STATIC, linen_module(self.graph, number)))
+        attributes = {str(name): item for name, _, item in entry.items}
+        hold = getattr(entry.cls, "linsey_hold", lambda module: ("to_nnx__module", module))
+        name, held = hold(linen_module(self.graph, number))
+        entry.items.append((name, _STATIC, held))
         self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path, {})
         for below, slot in linen_slots(self.graph, number):
             if self.graph.slots[slot].is_derived:
                 continue  # PRNG state in a ToLinen below: flax stores it nowhere
-            self._slot(slot, (*path, *below))
-            entry.linen.append((below, slot))
+            place = below
+            if hasattr(entry.cls, "linsey_place"):  # it lays its variables out in its own way
+                collection = self.graph.slots[slot].collection
+                place = entry.cls.linsey_place(attributes, collection, below)
+            self._slot(slot, (*path, *place))
+            entry.linen.append((place, slot))
 
     def build(self, values: Sequence[Any]) -> Any:
         """Builds the objects.
@@ -240,12 +247,14 @@ class Plan:
         assert not isinstance(impl, _private.GraphNodeImpl)
         return impl.unflatten(parts, None)
 
-    def read(self, obj: Any, values: Sequence[Any]) -> list[Any]:
+    def read(self, obj: Any, values: Sequence[Any], *, strict: bool = True) -> list[Any]:
         """The state of built objects after a call.
 
         Args:
             obj: what `build` gave.
             values: what it was given.
+            strict: whether a change of structure is an error; otherwise a slot that is gone keeps
+                its value.
 
         Returns:
             A value per slot of the graph; an unchanged one is the very object in `values`.
@@ -254,8 +263,15 @@ class Plan:
             EmitError: the call changed the structure: an attribute went, or a static one changed.
         """
         out = list(values)
-        self._read(self.root, obj, out, set(), ())
+        for change in self._read(self.root, obj, out, set(), ()):
+            if strict:
+                raise change
         return out
+
+    def has_changed(self, obj: Any) -> bool:
+        """Whether a call changed the structure: an attribute came or went, or a static changed."""
+        values: list[Any] = [None] * len(self.graph.slots)
+        return self.has_grown(obj) or any(self._read(self.root, obj, values, set(), ()))
 
     def has_grown(self, obj: Any) -> bool:
         """Whether any of the objects has attributes that it was not built with."""
@@ -272,8 +288,10 @@ class Plan:
                 count = len(entry.items)
             else:
                 parts = vars(obj)
-                tops = {below[0] for below, _ in entry.linen}
+                tops = {place[0] for place, _ in entry.linen}
                 count = len(entry.items) + len(tops) + (entry.state is not None)
+                if sum(_leaves(parts.get(top)) for top in tops) != len(entry.linen):
+                    return True
             if len(parts) != count:
                 return True
             text = entry.is_object and entry.tree is None
@@ -285,7 +303,10 @@ class Plan:
 
         return grown(self.root, obj)
 
-    def _read(self, number: int, obj: Any, out: list[Any], seen: set[int], path: Path) -> None:
+    def _read(
+        self, number: int, obj: Any, out: list[Any], seen: set[int], path: Path
+    ) -> Iterator[EmitError]:
+        """Reads into `out`, and gives each change of structure as an error."""
         if number in seen:
             return
         seen.add(number)
@@ -299,19 +320,21 @@ class Plan:
             where = (*path, name)
             key = str(name) if entry.is_object and entry.tree is None else name
             if key not in parts:
-                raise _changed(where, "is gone")
+                yield _changed(where, "is gone")
+                continue
             value = parts[key]
             if kind == _CHILD:
-                self._read(item, value, out, seen, where)
+                yield from self._read(item, value, out, seen, where)
             elif kind == _STATIC:
                 if name in _BOOKKEEPING:
                     continue
                 if value is not item and not _equal(value, item):
-                    raise _changed(where, f"was {item!r} and became {value!r}")
+                    yield _changed(where, f"was {item!r} and became {value!r}")
             elif kind == _VARIABLE:
                 if not isinstance(value, nnx.Variable):
-                    raise _changed(where, f"was a Variable and became {type(value).__name__}")
-                out[item] = value.get_raw_value()
+                    yield _changed(where, f"was a Variable and became {type(value).__name__}")
+                else:
+                    out[item] = value.get_raw_value()
             else:
                 out[item] = value
         for below, slot in entry.linen:
@@ -332,6 +355,23 @@ def real_keys(node: Node) -> Mapping[Key, Any]:
     """The keys of a dict that are neither str nor int, by their names in the graph."""
     value = next((value for name, value in node.attrs if name == NAMES), None)
     return {} if value is None else decode(value)
+
+
+def _leaves(value: Any) -> int:
+    """How many leaves nested dicts have."""
+    return sum(map(_leaves, value.values())) if isinstance(value, Mapping) else 1
+
+
+def value_at(obj: Any, path: Path) -> Any:
+    """What stands at an attribute path of NNX objects.
+
+    Raises:
+        AttributeError, KeyError, IndexError: nothing does.
+    """
+    for name in path:
+        is_item = isinstance(obj, list | tuple | Mapping | nnx.List | nnx.Dict)
+        obj = obj[name] if is_item else getattr(obj, str(name))
+    return obj
 
 
 def _order(key: Any) -> tuple[int, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,13 +95,19 @@ def _typed(key: Any) -> Any:
     return key if is_typed else jax.random.wrap_key_data(key)
 
 
-def new_state(plan: Plan, module: Any, known: set[Path]) -> dict[str, Any]:
+def new_state(
+    plan: Plan,
+    module: Any,
+    known: set[Path],
+    box: Callable[[nnx.Variable[Any]], Any] = nnx.Variable.get_raw_value,
+) -> dict[str, Any]:
     """The Variables that a call made, as nested dicts by collection.
 
     Args:
         plan: what the module was built by.
         module: the module.
         known: the paths of the graph's slots.
+        box: what becomes of a Variable.
     """
     extra: dict[str, Any] = {}
     if not plan.has_grown(module):
@@ -112,7 +118,7 @@ def new_state(plan: Plan, module: Any, known: set[Path]) -> dict[str, Any]:
         holder = extra.setdefault(collection_of(type(leaf)), {})
         for name in path[:-1]:
             holder = holder.setdefault(name, {})
-        holder[path[-1]] = leaf.get_raw_value()
+        holder[path[-1]] = box(leaf)
     return extra
 
 

@@ -13,7 +13,7 @@ from linsey._collections import kind_of_collection, unboxed
 from linsey.backends._decode import boxed
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.region import Region
-from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.build import Plan, value_at
 from linsey.ir import EmitError, HostParts, Key, Path, StackAxis, decode, format_path, node_paths
 
 SPEC = "linsey_spec"
@@ -109,12 +109,9 @@ class LinenHost(nnx.Module):
         return _trees.key_dict(streams)
 
     def _variable(self, region: Region, slot: int) -> nnx.Variable[Any]:
-        value: Any = self
         path = _attribute_paths(region)[slot]
         try:
-            for name in path:
-                is_item = isinstance(value, list | tuple | dict | nnx.List | nnx.Dict | nnx.State)
-                value = value[name] if is_item else getattr(value, str(name))
+            value = value_at(self, path)
         except (AttributeError, KeyError, IndexError) as error:
             raise EmitError(
                 "the variable is gone from the model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -138,7 +139,10 @@ class Walker:
         else:
             draft.attrs.append((key, self.encode(value)))
 
-    def _variable(self, variable: nnx.Variable[Any], path: Path) -> int:
+    def _variable(
+        self, variable: nnx.Variable[Any], path: Path, place: Path | None = None
+    ) -> int:
+        """The slot of a variable; `place`: its attribute path, where that is another."""
         known = self._slots.get(id(variable))
         if known is not None:
             self._add_path(known[1], path)
@@ -150,7 +154,8 @@ class Walker:
                 fix="Construct the model without ref=True and hijax=True.",
             )
         value = variable.get_raw_value()
-        number = self._slot_of(variable, path[len(self._start) :]) if self._slot_of else None
+        below = (path if place is None else place)[len(self._start) :]
+        number = self._slot_of(variable, below) if self._slot_of else None
         try:
             slot = nnx_variable(variable, (path,), self.encode)
         except TypeError as error:
@@ -195,13 +200,11 @@ class Walker:
 
         impl: Any = _private.get_node_impl(wrapper)
         items, _ = impl.flatten(wrapper)
+        variables = _wrapped_variables(wrapper)
+        kept = _own_attributes(wrapper)
         own = Draft()
-        variables: list[tuple[Path, nnx.Variable[Any]]] = []
         for key, element in items:
-            value = element.value if hasattr(element, "value") else element
-            if not str(key).startswith(("to_nnx__", "_pytree__")) and _holds_variables(value):
-                variables.extend(_flat_variables(value, (key,)))
-            elif key != "to_nnx__module":
+            if key in kept:
                 self._item(own, key, element, (*path, key))
         draft = self._builder.nodes[number]
         module = self.encode.module(wrapper.to_nnx__module)
@@ -225,8 +228,8 @@ class Walker:
         region.add_modules()
         inner = region.nnx_variables()
         slots: dict[tuple[str, Path], int] = {}
-        for below, variable in variables:
-            slot = self._variable(variable, (*path, *below))
+        for below, place, variable in variables:
+            slot = self._variable(variable, (*path, *below), (*path, *place))
             slots[collection_of(type(variable)), below] = slot
             if (collection_of(type(variable)), below) not in inner:
                 region.bind(below, slot)
@@ -333,6 +336,33 @@ def _moved_stack(was: Slot, now: Slot) -> tuple[StackAxis, ...]:
     """The stack of a slot whose module now stands elsewhere: its owners moved with it."""
     base = now.path[: len(now.path) - len(was.path)]
     return tuple(dataclasses.replace(axis, owner=(*base, *axis.owner)) for axis in was.stack)
+
+
+def _wrapped_variables(wrapper: Any) -> list[tuple[Path, Path, nnx.Variable[Any]]]:
+    """The Linen variables of a ToNNX: path in Linen, attribute path, Variable."""
+    if hasattr(wrapper, "linsey_variables"):
+        place = functools.partial(type(wrapper).linsey_place, vars(wrapper))
+        found = wrapper.linsey_variables()
+        return [(below, place(collection, below), leaf) for collection, below, leaf in found]
+    own = _own_attributes(wrapper)
+    return [
+        (below, below, leaf)
+        for name, value in sorted(vars(wrapper).items())
+        if name not in own and name != "to_nnx__module"
+        for below, leaf in _flat_variables(value, (name,))
+    ]
+
+
+def _own_attributes(wrapper: Any) -> set[str]:
+    """The attributes of a ToNNX that hold neither Linen variables nor the Linen module."""
+    if hasattr(wrapper, "linsey_own"):
+        return set(wrapper.linsey_own())
+    return {
+        name
+        for name, value in vars(wrapper).items()
+        if name != "to_nnx__module"
+        and (name.startswith(("to_nnx__", "_pytree__")) or not _holds_variables(value))
+    }
 
 
 def _holds_variables(value: Any) -> bool:

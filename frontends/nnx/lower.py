@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -175,7 +175,17 @@ def _mark_arrays(model: Any) -> None:
                 object.__setattr__(obj, "_pytree__nodes", marked)
 
 
-def _takes_rngs(make: Callable[..., Any]) -> bool:
+def read_module(model: Any) -> tuple[Graph, Sequence[Any]]:
+    """The graph of an NNX module, and the value of each slot.
+
+    Raises:
+        LoweringError: something in it cannot be lowered, with its path.
+    """
+    return _walk(model, {}, {})
+
+
+def parameters_of(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a class, a function or a partial of either, without those it has already."""
     # The metaclass of NNX hides the constructor's own signature.
     function = getattr(make, "func", make)
     is_class = isinstance(function, type)
@@ -185,6 +195,12 @@ def _takes_rngs(make: Callable[..., Any]) -> bool:
         given = getattr(make, "args", ())
         for name in [*list(parameters)[: len(given)], *getattr(make, "keywords", {})]:
             parameters.pop(name, None)
+    return parameters
+
+
+def _takes_rngs(make: Callable[..., Any]) -> bool:
+    parameters = parameters_of(make)
+    is_class = isinstance(getattr(make, "func", make), type)
     needed = [
         name
         for name, parameter in parameters.items()

@@ -10,6 +10,8 @@ from typing import Any
 from flax import nnx
 from flax.core import meta
 
+from linsey.ir import BridgeError
+
 EPHEMERAL = frozenset({"cache", "intermediates", "perturbations"})
 """The collections whose variables no checkpoint holds."""
 
@@ -20,6 +22,33 @@ def collection_of(kind: type[nnx.Variable[Any]]) -> str:
         return nnx.variable_name_from_type(kind)
     except ValueError:
         return kind.__name__
+
+
+def register(kind: type[nnx.Variable[Any]], where: str) -> str:
+    """The collection of a variable class, which from now on is that of no other class.
+
+    Args:
+        kind: the class.
+        where: path of a variable of it, for the error.
+
+    Raises:
+        BridgeError: another class has the name.
+    """
+    try:
+        return nnx.variable_name_from_type(kind, allow_register=True)
+    except ValueError:
+        other = nnx.variable_type_from_name(kind.__name__)
+        raise BridgeError(
+            f"two Variable classes are called {kind.__name__!r}: {_shown(kind)} and"
+            f" {_shown(other)}; one collection cannot hold both",
+            path=where,
+            fix=f"Name the collection of one: bridge.register_variable_name_type_pair('other',"
+            f" {kind.__name__}).",
+        ) from None
+
+
+def _shown(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def kind_of_collection(collection: str) -> type[nnx.Variable[Any]]:

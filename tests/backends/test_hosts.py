@@ -573,7 +573,7 @@ def test_a_missing_variable_is_named() -> None:
     assert caught.value.path == "params/second/kernel"
     assert str(caught.value) == (
         "at params/second/kernel: the variable is missing\n"
-        "Pass the variables that linsey.to_linen or program.emit returned."
+        "Pass the variables that came with the module, as init or linsey.to_linen returned them."
     )
 
 

@@ -1,0 +1,257 @@
+"""Runs an NNX module on variables that a Linen scope holds: no constructor, no flattening."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen, nnx
+from flax.core import meta
+
+from linsey import _trees
+from linsey.backends._spec import HostSpec
+from linsey.backends.nnx.build import Plan, value_at
+from linsey.backends.nnx.emit import new_state, override_streams
+from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
+
+GRAPH_COLLECTION = "nnx"
+"""The collection in which a ``linsey.bridge.ToLinen`` keeps its graphdef."""
+
+_MISSING = object()
+_FIX = "Pass the variables that came with the module, as init or linsey.to_linen returned them."
+
+Box = Callable[[nnx.Variable[Any]], Any]
+"""How a Variable that a call made is handed to Linen."""
+
+
+class Hosting:
+    """One node of a graph, run on Linen variables; made once per `HostSpec`.
+
+    Args:
+        spec: the node.
+    """
+
+    def __init__(self, spec: HostSpec) -> None:
+        self._graph = spec.graph
+        self._plan = Plan(spec.graph, spec.node)
+        self.places = linen_places(spec.graph, self._plan)
+        self._counts = _counts(spec)
+        self._known = {path for slot in spec.graph.slots for path in slot.paths}
+        self._known.update(self._plan.slots.values())
+        self._collections = {str(place[0]) for place in self.places.values()}
+        self._streams = {s.name for s in spec.graph.streams if s.derivation == "count"}
+
+    @staticmethod
+    def of(spec: HostSpec) -> Hosting:
+        """That of a spec."""
+        return spec.cached("hosting", Hosting)  # type: ignore[no-any-return]
+
+    def leaf(self, made: Any, slot: int) -> Any:
+        """The Variable, or the bare array, of a slot in objects of this structure."""
+        return value_at(made, self._plan.slots[slot])
+
+    def plain(
+        self, variables: Mapping[str, Any], method: Any, args: Any, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Calls a method with no keys given and nothing mutable, outside of any scope.
+
+        Raises:
+            EmitError: as `run`.
+        """
+
+        def stored(collection: str, name: str) -> Any:
+            return variables.get(collection, {}).get(name, _MISSING)
+
+        values = self._values(stored, (), without_streams=False)
+        made = self._plan.build(values)
+        output = _method(made, method)(*args, **kwargs)
+        self._check_streams(made, values, ())
+        return output
+
+    def run(
+        self,
+        module: linen.Module,
+        method: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        box: Box = nnx.Variable.get_raw_value,
+        restructured: Callable[[Any], None] | None = None,
+        strict: bool = True,
+    ) -> Any:
+        """Calls a method on the variables of a bound Linen module.
+
+        Args:
+            module: the module; what changed is stored in its scope, where that is mutable.
+            method: name of the method, or a function of the NNX module; None: the call.
+            args: positional arguments.
+            kwargs: keyword arguments.
+            box: for the Variables that the call makes.
+            restructured: is given the NNX module when the call changed its structure.
+            strict: whether a changed static attribute is an error; it is dropped otherwise.
+
+        Raises:
+            EmitError: a variable is missing or of another shape; a stream that the call draws from
+                is nowhere, or cannot advance.
+        """
+        scope: Any = module.scope
+        given = self._given(module)
+        keys = {name: module.make_rng(name) for name in given}
+
+        def stored(collection: str, name: str) -> Any:
+            return module.get_variable(collection, name, _MISSING)
+
+        values = self._values(stored, scope.path, without_streams=bool(keys))
+        called = override_streams(self._graph, values, keys) if keys else values
+        made = self._plan.build(called)
+        output = _method(made, method)(*args, **kwargs)
+        replaced = {slot for slot, value in enumerate(called) if value is not values[slot]}
+        if not module.is_mutable_collection("RngCount"):
+            self._check_streams(made, called, scope.path, replaced)
+        if scope.mutable is not False:
+            after = self._plan.read(made, called, strict=strict)
+            for slot in replaced:  # the stored streams stay when a call brings keys of its own
+                after[slot] = values[slot]
+            self._store(module, values, after)
+            self._store_new(module, made, box)
+            if restructured is not None and self._plan.has_changed(made):
+                restructured(made)
+        return output
+
+    def _given(self, module: linen.Module) -> list[str]:
+        """The streams for which the call brings keys that are this module's."""
+        scope: Any = module.scope
+        if not self._streams:
+            return []
+        # At the root a name that no stream has is a mistake, which `override_streams` tells. Below,
+        # it may be another module's.
+        is_strict = not scope.path or "default" in self._streams
+        return [
+            name for name in scope.rngs if name in self._streams or (is_strict and name != "params")
+        ]
+
+    def _values(
+        self, stored: Callable[[str, str], Any], where: Path, *, without_streams: bool
+    ) -> list[Any]:
+        slots = self._graph.slots
+        values: list[Any] = [None] * len(slots)
+        for slot, place in self.places.items():
+            collection = place[0]
+            value = stored(str(collection), str(place[1]))
+            for name in place[2:]:
+                value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
+            if value is _MISSING:
+                if without_streams and collection in RNG_COLLECTIONS:
+                    values[slot] = _trees.placeholder(slots[slot])
+                    continue
+                raise EmitError(
+                    "the variable is missing", path=_shown(place, where), fix=_FIX
+                )
+            while isinstance(value, meta.AxisMetadata):
+                value = value.unbox()
+            if not _trees.fits(slots[slot], value):
+                raise EmitError(
+                    f"found the shape {getattr(value, 'shape', None)}, expected {slots[slot].type}",
+                    path=_shown(place, where),
+                    fix=_FIX,
+                )
+            values[slot] = value
+        return values
+
+    def _check_streams(
+        self, made: Any, before: list[Any], where: Path, exempt: Any = frozenset()
+    ) -> None:
+        """Refuses a call that drew from stored streams whose counters cannot change.
+
+        Every such call would draw the same keys. A ToNNX draws from all its streams at every call,
+        needed or not: those do not count.
+        """
+        checked = [slot for slot in self._counts if slot not in exempt]
+        if not checked:
+            return
+        after = self._plan.read(made, before, strict=False)
+        for slot in checked:
+            if after[slot] is not before[slot]:
+                raise EmitError(
+                    "the call drew a key from this stream, and its counter cannot change: the next"
+                    " call would draw the same",
+                    path=format_path((*where, *self._graph.slots[slot].path[:-1])),
+                    fix="Pass mutable=['RngCount'] and store what comes back, or rngs= with a key.",
+                )
+
+    def _store(self, module: linen.Module, before: list[Any], after: list[Any]) -> None:
+        changed: dict[tuple[str, str], list[tuple[Path, Any]]] = {}
+        for slot, place in self.places.items():
+            collection, top = str(place[0]), str(place[1])
+            if after[slot] is not before[slot] and module.is_mutable_collection(collection):
+                changed.setdefault((collection, top), []).append((place[2:], after[slot]))
+        for (collection, top), updates in changed.items():
+            old: Any = module.get_variable(collection, top)
+            for path, value in updates:
+                old = _with(old, path, value)
+            module.put_variable(collection, top, old)
+
+    def _store_new(self, module: linen.Module, made: Any, box: Box) -> None:
+        for collection, tree in new_state(self._plan, made, self._known, box).items():
+            if module.is_mutable_collection(collection):
+                for name, value in tree.items():
+                    if collection in self._collections:
+                        value = _merged(module.get_variable(collection, str(name), {}), value)
+                    module.put_variable(collection, str(name), value)
+
+
+def _method(made: Any, method: Any) -> Callable[..., Any]:
+    if method is None or isinstance(method, str):
+        return getattr(made, method or "__call__")  # type: ignore[no-any-return]
+    return lambda *args, **kwargs: method(made, *args, **kwargs)
+
+
+def _shown(place: Path, where: Path) -> str:
+    return format_path((place[0], *where, *place[1:]))
+
+
+def linen_places(graph: Any, plan: Plan) -> dict[int, Path]:
+    """Where the Linen variables of an NNX module lie: collection and path, by slot.
+
+    The first name is always a string, and never ``params`` in the collection of that name: Linen
+    refuses both.
+    """
+    places: dict[int, Path] = {}
+    for slot, path in plan.slots.items():
+        collection = graph.slots[slot].collection
+        first = str(path[0])
+        is_doubled = collection == "params" and first == "params"
+        places[slot] = (collection, "params__nnx" if is_doubled else first, *path[1:])
+    return places
+
+
+def _counts(spec: HostSpec) -> list[int]:
+    """The counters of the streams that the NNX code itself draws from: not those of a ToNNX."""
+    graph = spec.graph
+    drawn_always: set[int] = set()
+
+    def below(number: int) -> None:
+        node = graph.nodes[number]
+        drawn_always.update(slot for _, slot in node.slots)
+        for _, child in node.children:
+            below(child)
+
+    for node in graph.nodes:
+        if node.wrapper is not None and node.source is not None and node.source.dialect == "linen":
+            for _, child in node.wrapper.children:
+                below(child)
+    counts = [stream.count for stream in graph.streams if stream.count is not None]
+    return [slot for slot in counts if slot not in drawn_always]
+
+
+def _with(tree: Any, path: Path, value: Any) -> Any:
+    """A nested dict with one value replaced inside its box."""
+    if path:
+        return {**tree, path[0]: _with(tree[path[0]], path[1:], value)}
+    return tree.replace_boxed(value) if isinstance(tree, meta.AxisMetadata) else value
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return new
+    return {**old, **{name: _merged(old.get(name, {}), value) for name, value in new.items()}}

@@ -1,0 +1,95 @@
+"""`lazy_init`, and what holds while one runs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+from linsey.bridge import _private
+from linsey.ir import BridgeError
+
+
+class _Session(threading.local):
+    ready: dict[int, Any] | None = None
+
+
+_session = _Session()
+
+
+def was_initialized(module: Any) -> bool:
+    """Whether the `lazy_init` that runs now has come to this module before."""
+    return _session.ready is not None and id(module) in _session.ready
+
+
+def note_initialized(module: Any) -> None:
+    """Notes that the `lazy_init` that runs now has come to this module."""
+    if _session.ready is not None:
+        _session.ready[id(module)] = module  # held, so that no other object gets its id
+
+
+@contextlib.contextmanager
+def initializing(module: nnx.Module) -> Iterator[None]:
+    """Inside the block, a call of the module initialises every ToNNX in it that it reaches."""
+    previous = _session.ready
+    _session.ready = {} if previous is None else previous
+    _private.set_initializing(module, True)
+    try:
+        yield
+    finally:
+        _private.set_initializing(module, False)
+        _session.ready = previous
+
+
+def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
+    """Initialises the Linen modules inside an NNX module by calling it once.
+
+    It stands where Linen code calls ``module.init``. Every `ToNNX` that the call reaches gets its
+    variables; one that it reaches twice keeps those of the first time. Variables that a ToNNX had
+    before are made anew.
+
+    Args:
+        fn: an NNX module, a `ToNNX`, or a bound method of one (``model.decode``).
+        args: sample inputs.
+        kwargs: keyword inputs.
+
+    Returns:
+        `fn`, so that making and initialising a model fit on one line.
+
+    Raises:
+        BridgeError: `fn` is neither; the Linen code inside needs a PRNG stream that is not there.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import linen as nn, nnx
+        >>> from linsey import bridge
+        >>> model = bridge.lazy_init(bridge.ToNNX(nn.Dense(2), rngs=nnx.Rngs(0)), jnp.ones((1, 3)))
+        >>> model.params["kernel"].shape
+        (3, 2)
+    """
+    module = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
+    if not isinstance(module, nnx.Module) or not callable(fn):
+        raise BridgeError(_not_a_module(fn), path="lazy_init", fix=_remedy(fn))
+    with initializing(module):
+        fn(*args, **kwargs)
+    return fn
+
+
+def _not_a_module(fn: Any) -> str:
+    if isinstance(fn, type):
+        return f"found the class {fn.__name__}, expected an instance of an NNX module"
+    if isinstance(fn, nnx.Module):
+        return f"{type(fn).__name__} cannot be called: it has no __call__"
+    kind = type(fn).__name__
+    return f"found {kind}, which is neither an NNX module nor a bound method of one"
+
+
+def _remedy(fn: Any) -> str:
+    if isinstance(fn, type):
+        return f"Pass {fn.__name__}(...) with its arguments."
+    if isinstance(fn, nnx.Module):
+        return "Pass the method to initialise by, as in lazy_init(model.encode, x)."
+    return "Pass the module, or a method of it as in lazy_init(model.decode, x)."

@@ -1,0 +1,298 @@
+"""A Linen module as an NNX module; where it keeps its variables is for the two faces to say."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flax import errors, linen, nnx
+from flax.nnx import bridge
+
+from linsey import _boxes, _trees
+from linsey._collections import unboxed
+from linsey.bridge import _lazy, _private
+from linsey.bridge._held import HeldModule
+from linsey.ir import BridgeError, Path
+
+HELD = "to_nnx__held"
+"""The attribute that holds the Linen module."""
+_MODE = "to_nnx__mode"
+_SOWN = "to_nnx__sown"
+_MODES = ("deterministic", "use_running_average")
+_NOT_BY_DEFAULT = frozenset({"params", "perturbations"})
+
+Place = tuple[str, Path]
+"""A Linen variable: its collection, and its path there."""
+
+
+class WrappedLinen(bridge.ToNNX):
+    """What the `ToNNX` of both faces share: holding a Linen module and calling it.
+
+    A face keeps the streams, and lays out the variables: it says where each one is kept.
+    """
+
+    def _own_keys(self) -> dict[str, Any]:
+        """A key from each of the module's own streams, by Linen's name for it."""
+        raise NotImplementedError
+
+    def _variables(self) -> dict[str, Any]:
+        """The Variables as Linen lays them out: collections of nested dicts."""
+        raise NotImplementedError
+
+    def _keep(self, collection: str, tree: Mapping[Any, Any]) -> None:
+        """Stores Linen variables, in the Variables that are there and in new ones."""
+        raise NotImplementedError
+
+    def _hold(self, module: Any) -> None:
+        if isinstance(module, linen.Module):
+            if module.scope is not None:
+                raise BridgeError(
+                    "found a bound Linen module, expected an unbound one",
+                    path=type(module).__name__,
+                    fix="Pass the module as it was constructed, or the first of module.unbind().",
+                )
+            setattr(self, *self.linsey_hold(module))
+            setattr(self, _MODE, ())
+            setattr(self, _SOWN, ())
+            return
+        is_class = isinstance(module, type)
+        name = module.__name__ if is_class else type(module).__name__
+        is_nnx = isinstance(module, nnx.Pytree) or (is_class and issubclass(module, nnx.Pytree))
+        fix = f"Pass an instance, {name}(...)." if is_class else "Pass a flax.linen module."
+        raise BridgeError(
+            f"found {'the class' if is_class else 'a'} {name}, expected an instance of a Linen"
+            " module",
+            path="ToNNX",
+            fix="It is an NNX module already: use it as it is." if is_nnx else fix,
+        )
+
+    @staticmethod
+    def linsey_hold(module: linen.Module) -> tuple[str, Any]:
+        """The attribute that holds a Linen module, and what it is set to."""
+        return HELD, HeldModule(module)
+
+    @property
+    def to_nnx__module(self) -> linen.Module:
+        """The Linen module."""
+        return vars(self)[HELD].module  # type: ignore[no-any-return]
+
+    @property
+    def deterministic(self) -> bool | None:
+        """What ``train``, ``eval`` or ``set_attributes`` said last; None before."""
+        return dict(vars(self).get(_MODE, ())).get("deterministic")
+
+    @property
+    def use_running_average(self) -> bool | None:
+        """What ``train``, ``eval`` or ``set_attributes`` said last; None before."""
+        return dict(vars(self).get(_MODE, ())).get("use_running_average")
+
+    def _setattr(self, name: str, value: Any) -> None:
+        if name in _MODES:
+            mode = {**dict(vars(self)[_MODE]), name: value}
+            name, value = _MODE, tuple(mode.items())
+        super()._setattr(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        held = vars(self).get(HELD)
+        if held is not None and not name.startswith("__"):
+            method = getattr(type(held.module), name, None)
+            if callable(method):
+                call = functools.wraps(method)(functools.partial(self.__call__, method=name))
+                call.__self__ = self  # type: ignore[attr-defined]  # for `lazy_init(model.decode)`
+                return call
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> AttributeError:
+        described = "ToNNX" if HELD not in vars(self) else f"ToNNX({self._name()})"
+        shown = [key for key in vars(self) if not key.startswith(("_", "to_nnx__"))]
+        has = f"it has {', '.join(sorted(shown))}" if shown else "it has none yet"
+        return AttributeError(f"{described} has no collection, attribute or method {name!r}; {has}")
+
+    def _name(self) -> str:
+        return type(self.to_nnx__module).__name__
+
+    def __call__(
+        self,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Calls the Linen module.
+
+        Args:
+            args: positional arguments of the method.
+            rngs: keys for this call, as ``Module.apply`` takes them, or an ``nnx.Rngs``; without,
+                one is drawn from each of the model's own streams.
+            method: name of the method, or a function of the Linen module; None: the call.
+            mutable: the collections that the call may change, as for ``Module.apply``; what changed
+                is stored in the model. None: those of the Linen call around this one, where there
+                is one; else all that the model has but ``params`` and ``perturbations``, and
+                ``intermediates``.
+            kwargs: keyword arguments of the method. ``capture_intermediates`` is Linen's.
+
+        Returns:
+            What the method returns.
+
+        Raises:
+            BridgeError: there are no variables yet, they are not those of the module, or a PRNG
+                stream is missing.
+        """
+        keys = self._own_keys() if rngs is None else _trees.key_dict(rngs)
+        mode = dict(vars(self)[_MODE])
+        kwargs = _with_mode(self.to_nnx__module, method, mode, args, kwargs) if mode else kwargs
+        try:
+            with linen.intercept_methods(_setting(mode)) if mode else contextlib.nullcontext():
+                if _private.is_initializing(self):
+                    return self._init(keys, method, args, kwargs)
+                return self._apply(keys, method, mutable, args, kwargs)
+        except _MISSING as error:
+            raise self._explained(error, keys) from error
+
+    def _init(self, keys: Any, method: Any, args: Any, kwargs: Any) -> Any:
+        before = self._linen_variables() if _lazy.was_initialized(self) else {}
+        module = self.to_nnx__module
+        with _private.watching_sow() as sown:
+            output, variables = _private.init_onto(module, before, keys, method, args, kwargs)
+        self._store(variables, sown)
+        _lazy.note_initialized(self)
+        return output
+
+    def _apply(self, keys: Any, method: Any, mutable: Any, args: Any, kwargs: Any) -> Any:
+        module, variables = self.to_nnx__module, self._linen_variables()
+        if mutable is None:
+            mutable = self._default_mutable(variables)
+        if mutable is False and not kwargs.get("capture_intermediates"):
+            return module.apply(variables, *args, rngs=keys, method=method, **kwargs)
+        with _private.watching_sow() as sown:
+            output, updates = module.apply(
+                variables, *args, rngs=keys, method=method, mutable=mutable, **kwargs
+            )
+        self._store(updates, sown)
+        return output
+
+    def _default_mutable(self, variables: Mapping[str, Any]) -> Any:
+        # As flax does: the Linen code around decides, bridge.Module first.
+        around = bridge.current_module()
+        scope = around.scope if around is not None else _private.current_scope()
+        if scope is not None:
+            return scope.mutable
+        sown = (collection for collection, _ in vars(self)[_SOWN])
+        held = dict.fromkeys([*variables, *sown, "intermediates"])
+        return [name for name in held if name not in _NOT_BY_DEFAULT]
+
+    def _linen_variables(self) -> dict[str, Any]:
+        """The variables for a call: all but what calls sow, which each call makes anew."""
+        variables = self._variables()
+        variables.pop("intermediates", None)
+        for collection, path in vars(self)[_SOWN]:
+            if collection in variables:
+                variables[collection] = _without(variables[collection], path)
+        return variables
+
+    def _store(self, updates: Mapping[str, Any], sown: Iterable[Place]) -> None:
+        for collection, tree in updates.items():
+            self._keep(collection, tree)
+        # Kept apart only where the collection does not say it.
+        known = {*vars(self)[_SOWN], *(place for place in sown if place[0] != "intermediates")}
+        if len(known) > len(vars(self)[_SOWN]):
+            setattr(self, _SOWN, tuple(sorted(known)))
+
+    def _explained(self, error: Exception, keys: Mapping[str, Any]) -> BridgeError:
+        if isinstance(error, errors.InvalidRngError):
+            given = ", ".join(sorted(keys)) or "none"
+            return BridgeError(
+                f"a PRNG stream is missing; there are: {given}. {error}",
+                path=self._name(),
+                fix="Give ToNNX an nnx.Rngs with that stream, or pass rngs= to the call.",
+            )
+        if not any(self._variables().values()):
+            return BridgeError(
+                "called before lazy_init: there are no variables yet",
+                path=self._name(),
+                fix="Call bridge.lazy_init(model, ...) with sample inputs first.",
+            )
+        return BridgeError(
+            f"the variables are not those of the module. {error}",
+            path=self._name(),
+            fix="Call bridge.lazy_init with the inputs or the method of this call, or put back the"
+            " variables that it made.",
+        )
+
+
+_MISSING = (
+    errors.InvalidRngError,
+    errors.ScopeCollectionNotFound,
+    errors.ScopeParamNotFoundError,
+    errors.ScopeParamShapeError,
+    errors.ScopeVariableNotFoundError,
+)
+
+
+def renewed(kind: type[nnx.Variable[Any]], old: Any, value: Any) -> nnx.Variable[Any]:
+    """A Variable with the value of a Linen variable: the old one where there is one.
+
+    Args:
+        kind: the class of a new one.
+        old: what is there now.
+        value: the Linen variable, boxed or not.
+    """
+    if not isinstance(old, nnx.Variable):
+        return _boxes.variable(kind, value)
+    raw = unboxed(value)
+    if raw is not old.get_raw_value():
+        old.set_raw_value(raw)
+    return old
+
+
+def _without(tree: Any, path: Path) -> Any:
+    """A nested dict without one entry; it may not be there."""
+    if not isinstance(tree, Mapping) or path[0] not in tree:
+        return tree
+    rest = {name: value for name, value in tree.items() if name != path[0]}
+    return rest if len(path) == 1 else {**rest, path[0]: _without(tree[path[0]], path[1:])}
+
+
+def _with_mode(
+    module: linen.Module, method: Any, mode: Mapping[str, Any], args: Any, kwargs: Any
+) -> dict[str, Any]:
+    """The keyword arguments, with those of ``train()`` and ``eval()`` that the method takes."""
+    name = method or "__call__"
+    function = getattr(type(module), name) if isinstance(name, str) else name
+    try:
+        bound = inspect.signature(function).bind_partial(module, *args)
+    except TypeError:
+        return dict(kwargs)  # the call itself says what is wrong with them
+    taken = inspect.signature(function).parameters
+    wanted = {k: v for k, v in mode.items() if k in taken and k not in bound.arguments}
+    return {**wanted, **kwargs}
+
+
+def _setting(mode: Mapping[str, Any]) -> Any:
+    """An interceptor under which Linen modules have the fields that a mode sets.
+
+    What a call says goes before it, as in NNX.
+    """
+
+    def intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        fields = getattr(type(module), "__dataclass_fields__", {})
+        taken = inspect.signature(context.orig_method).parameters if fields else {}
+        names = list(taken)
+        said = {name for name, value in kwargs.items() if value is not None}
+        said.update(name for name, value in zip(names, args, strict=False) if value is not None)
+        wanted = {k: v for k, v in mode.items() if k in fields and k not in said}
+        before = {name: getattr(module, name) for name in wanted}
+        for name, value in wanted.items():
+            object.__setattr__(module, name, value)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            for name, value in before.items():
+                object.__setattr__(module, name, value)
+
+    return intercept
