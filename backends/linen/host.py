@@ -33,7 +33,9 @@ class NNXHost(linen.Module):
     @linen.nowrap
     def linsey_parts(self) -> HostParts:
         """What a frontend sees of it."""
-        return HostParts(graph=self.spec.graph, node=self.spec.node, places=Hosting.of(self.spec).places)
+        return HostParts(
+            graph=self.spec.graph, node=self.spec.node, places=Hosting.of(self.spec).places
+        )
 
     @linen.nowrap
     def __getattr__(self, name: str) -> Any:

@@ -10,7 +10,7 @@ from flax.core import meta
 
 from linsey import _trees
 from linsey.backends._spec import HostSpec
-from linsey.backends.nnx.build import Plan, value_at
+from linsey.backends.nnx.build import Plan, value_at, wrapper_slots
 from linsey.backends.nnx.emit import new_state, override_streams
 from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
 
@@ -144,9 +144,7 @@ class Hosting:
                 if without_streams and collection in RNG_COLLECTIONS:
                     values[slot] = _trees.placeholder(slots[slot])
                     continue
-                raise EmitError(
-                    "the variable is missing", path=_shown(place, where), fix=_FIX
-                )
+                raise EmitError("the variable is missing", path=_shown(place, where), fix=_FIX)
             while isinstance(value, meta.AxisMetadata):
                 value = value.unbox()
             if not _trees.fits(slots[slot], value):
@@ -227,20 +225,8 @@ def linen_places(graph: Any, plan: Plan) -> dict[int, Path]:
 
 def _counts(spec: HostSpec) -> list[int]:
     """The counters of the streams that the NNX code itself draws from: not those of a ToNNX."""
-    graph = spec.graph
-    drawn_always: set[int] = set()
-
-    def below(number: int) -> None:
-        node = graph.nodes[number]
-        drawn_always.update(slot for _, slot in node.slots)
-        for _, child in node.children:
-            below(child)
-
-    for node in graph.nodes:
-        if node.wrapper is not None and node.source is not None and node.source.dialect == "linen":
-            for _, child in node.wrapper.children:
-                below(child)
-    counts = [stream.count for stream in graph.streams if stream.count is not None]
+    drawn_always = wrapper_slots(spec.graph)
+    counts = [stream.count for stream in spec.graph.streams if stream.count is not None]
     return [slot for slot in counts if slot not in drawn_always]
 
 

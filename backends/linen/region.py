@@ -11,22 +11,18 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-from flax import core, errors, linen, nnx
-from flax.core import meta
+from flax import errors, linen
 from flax.nnx import bridge
 
-from linsey import _trees
 from linsey._collections import unboxed
 from linsey.backends import _private
 from linsey.backends._decode import linen_module
 from linsey.backends._spec import HostSpec
-from linsey.backends.nnx.build import Plan, linen_slots, rebuild, value_at
-from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
+from linsey.backends.linen.inner import Inner
+from linsey.backends.nnx.build import linen_slots
+from linsey.ir import EmitError, Path
 
 _NOT_BY_DEFAULT = frozenset({"params", "intermediates", "perturbations"})
-
-_MISSING = object()
 
 
 class _Running(threading.local):
@@ -60,7 +56,7 @@ class Region:
         }
         collections = dict.fromkeys(collection for _, collection, _ in self.slots)
         self.mutable = [name for name in collections if name not in _NOT_BY_DEFAULT]
-        self._nnx = {path: Inner(self, number) for path, number in _nnx_nodes(spec)}
+        self._nnx = {path: Inner(graph, number) for path, number in _nnx_nodes(spec)}
 
     @property
     def module(self) -> linen.Module:
@@ -189,7 +185,12 @@ class Region:
         live = _running.stack[-1][1]
         if inner is None:
             return run(*args, **kwargs)
-        return inner.call(module, args, kwargs, None if live is None else live(module.path))
+        previous = _running.stack
+        _running.stack = (*previous, None)
+        try:
+            return inner.call(module, args, kwargs, None if live is None else live(module.path))
+        finally:
+            _running.stack = previous
 
 
 def _nnx_nodes(spec: HostSpec) -> list[tuple[tuple[str, ...], int]]:
@@ -206,143 +207,3 @@ def _nnx_nodes(spec: HostSpec) -> list[tuple[tuple[str, ...], int]]:
 
     walk(spec.node, ())
     return found
-
-
-class Inner:
-    """An NNX module inside Linen code.
-
-    Args:
-        region: the code around it.
-        number: its node.
-    """
-
-    def __init__(self, region: Region, number: int) -> None:
-        self._graph = region.spec.graph
-        self._plan = Plan(self._graph, number)
-        self._derived = [
-            (slot, path) for slot, path in self._plan.slots.items() if self._is_derived(slot)
-        ]
-        self._keys: tuple[Any, Any] | None = None
-
-    def _is_derived(self, slot: int) -> bool:
-        return self._graph.slots[slot].collection in RNG_COLLECTIONS
-
-    def call(self, module: bridge.ToLinen, args: Any, kwargs: dict[str, Any], live: Any) -> Any:
-        """Does what ``ToLinen.__call__`` does, on a module that is built and not constructed.
-
-        Args:
-            module: the ToLinen.
-            args: positional arguments of the call.
-            kwargs: its keyword arguments.
-            live: the object to copy; None builds one from the graph.
-        """
-        values: list[Any] = [None] * len(self._graph.slots)
-        derived = {slot for slot, _ in self._derived}
-        for slot, path in self._plan.slots.items():
-            if slot not in derived:
-                values[slot] = self._variable(module, slot, path)
-        missing = self._derive(module, values) if self._derived else ()
-        if live is None:
-            made = self._plan.build(values)
-        else:
-            made = rebuild(live, {path: values[slot] for slot, path in self._plan.slots.items()})
-        checked = [slot for slot in missing if not self._drop_stream(made, slot)]
-        method = kwargs.pop("nnx_method", None)
-        if method is None or isinstance(method, str):
-            method = getattr(type(made), method or "__call__")
-        previous = _running.stack
-        _running.stack = (*previous, None)
-        try:
-            output = method(made, *args, **kwargs)
-        finally:
-            _running.stack = previous
-        if checked:
-            after = {path: leaf.get_raw_value() for path, leaf in _rng_leaves(made)}
-            for slot in checked:
-                if after.get(self._plan.slots[slot]) is not values[slot]:
-                    raise EmitError(
-                        "the NNX module drew a key, and no PRNG stream was given for it",
-                        path=format_path((*module.path, *self._plan.slots[slot][:-1])),
-                        fix="Pass rngs= with a key for the stream, as with any Linen module.",
-                    )
-        if module.scope is not None and module.scope.mutable is not False:
-            _private.store_variables(module, made)
-        return output
-
-    def _drop_stream(self, made: Any, slot: int) -> bool:
-        """Takes a stream that nobody gave away from the ToNNX that holds it.
-
-        A ToNNX draws from all its streams at every call; without it, the Linen code inside says
-        itself when it needs one.
-        """
-        path = self._plan.slots[slot]
-        if "to_nnx__rngs" not in path:
-            return False
-        holder = value_at(made, path[:-2])
-        if path[-2] in vars(holder):
-            delattr(holder, str(path[-2]))
-        return True
-
-    def _variable(self, module: bridge.ToLinen, slot: int, path: Path) -> Any:
-        collection = self._graph.slots[slot].collection
-        value: Any = module.get_variable(collection, path[0], _MISSING)  # type: ignore[arg-type]
-        for name in path[1:]:
-            value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
-        if value is _MISSING:
-            raise EmitError(
-                "the variable is missing",
-                path=format_path((collection, *module.path, *path)),
-                fix="Pass the variables that init returned, or those of program.emit('linen').",
-            )
-        while isinstance(value, meta.AxisMetadata):
-            value = value.unbox()
-        return value
-
-    def _derive(self, module: bridge.ToLinen, values: list[Any]) -> tuple[int, ...]:
-        """Fills in the PRNG state that the constructor would make from the scope's streams.
-
-        The constructor runs under jit, where XLA drops all of it but the keys. Gives the counters
-        of streams that came from no stream of the scope.
-        """
-        assert module.scope is not None
-        keys = (
-            {} if module.skip_rng else {name: module.make_rng(name) for name in module.scope.rngs}
-        )
-        config = (module.nnx_class, module.args, module.kwargs, module.skip_rng)
-        if self._keys is None or not _same(self._keys[0], config):
-            self._keys = (config, jax.jit(lambda keys: _rng_state(config, keys)))
-        state = self._keys[1](keys)
-        missing = []
-        for slot, path in self._derived:
-            # Which streams an nnx.Rngs has follows from those that the call brings.
-            found = state.get(path, state.get((*path[:-2], "default", path[-1])))
-            values[slot] = _trees.placeholder(self._graph.slots[slot]) if found is None else found
-            if found is None or path not in state:
-                missing.append(slot)
-                continue
-            tag = dict(self._graph.slots[slot].metadata).get("tag")
-            is_default = tag is not None and getattr(tag, "value", None) == "default"
-            is_count = self._graph.slots[slot].collection == "RngCount"
-            if is_count and is_default and "default" not in keys and not module.skip_rng:
-                missing.append(slot)
-        return tuple(missing)
-
-
-def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    try:
-        return bool(first == second)
-    except Exception:
-        return False
-
-
-def _rng_state(config: tuple[Any, ...], keys: Mapping[str, Any]) -> dict[Path, Any]:
-    """The PRNG state of a module as its constructor makes it, by path."""
-    make, args, kwargs, skip_rng = config
-    arguments = dict(core.unfreeze(kwargs))
-    if not skip_rng:
-        arguments["rngs"] = nnx.Rngs(**{"default": 0, **keys})
-    return {path: leaf.get_raw_value() for path, leaf in _rng_leaves(make(*args, **arguments))}
-
-
-def _rng_leaves(module: Any) -> Any:
-    return nnx.to_flat_state(nnx.state(module, nnx.RngState))

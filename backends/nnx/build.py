@@ -357,6 +357,22 @@ def real_keys(node: Node) -> Mapping[Key, Any]:
     return {} if value is None else decode(value)
 
 
+def wrapper_slots(graph: Graph) -> set[int]:
+    """The slots that ToNNX wrappers hold themselves: their PRNG state."""
+    found: set[int] = set()
+    todo = [
+        child
+        for node in graph.nodes
+        if node.wrapper is not None and node.source is not None and node.source.dialect == "linen"
+        for _, child in node.wrapper.children
+    ]
+    while todo:
+        node = graph.nodes[todo.pop()]
+        found.update(slot for _, slot in node.slots)
+        todo.extend(child for _, child in node.children)
+    return found
+
+
 def _leaves(value: Any) -> int:
     """How many leaves nested dicts have."""
     return sum(map(_leaves, value.values())) if isinstance(value, Mapping) else 1

@@ -3,7 +3,7 @@
 from flax import nnx
 
 from linsey.frontends._record import Frontend, Lowered, Request
-from linsey.frontends.nnx.lower import parameters_of, read_module
+from linsey.frontends.nnx.lower import made_abstractly, parameters_of, read_module
 
 
 def _accepts(source: object) -> bool:
@@ -20,4 +20,4 @@ def _lower(request: Request) -> Lowered:
 
 frontend = Frontend(name="nnx", accepts=_accepts, lower=_lower)
 
-__all__ = ["frontend", "parameters_of", "read_module"]
+__all__ = ["frontend", "made_abstractly", "parameters_of", "read_module"]

@@ -139,9 +139,7 @@ class Walker:
         else:
             draft.attrs.append((key, self.encode(value)))
 
-    def _variable(
-        self, variable: nnx.Variable[Any], path: Path, place: Path | None = None
-    ) -> int:
+    def _variable(self, variable: nnx.Variable[Any], path: Path, place: Path | None = None) -> int:
         """The slot of a variable; `place`: its attribute path, where that is another."""
         known = self._slots.get(id(variable))
         if known is not None:
@@ -200,7 +198,7 @@ class Walker:
 
         impl: Any = _private.get_node_impl(wrapper)
         items, _ = impl.flatten(wrapper)
-        variables = _wrapped_variables(wrapper)
+        variables = wrapped_variables(wrapper)
         kept = _own_attributes(wrapper)
         own = Draft()
         for key, element in items:
@@ -338,7 +336,7 @@ def _moved_stack(was: Slot, now: Slot) -> tuple[StackAxis, ...]:
     return tuple(dataclasses.replace(axis, owner=(*base, *axis.owner)) for axis in was.stack)
 
 
-def _wrapped_variables(wrapper: Any) -> list[tuple[Path, Path, nnx.Variable[Any]]]:
+def wrapped_variables(wrapper: Any) -> list[tuple[Path, Path, nnx.Variable[Any]]]:
     """The Linen variables of a ToNNX: path in Linen, attribute path, Variable."""
     if hasattr(wrapper, "linsey_variables"):
         place = functools.partial(type(wrapper).linsey_place, vars(wrapper))

@@ -18,7 +18,7 @@ from linsey.frontends._builder import Builder
 from linsey.frontends._record import Lowered, Request
 from linsey.frontends.linen.build import signature
 from linsey.frontends.linen.observe import Call, Observer, observing
-from linsey.frontends.nnx.build import Walker
+from linsey.frontends.nnx.build import Walker, wrapped_variables
 from linsey.ir import Graph, LoweringError, Values, slot_index
 
 _NO_VALUE = object()
@@ -96,28 +96,16 @@ def lower_factory(request: Request, other: Callable[[Any], Lowered]) -> Lowered:
     """
     make = request.source
     takes_rngs = _takes_rngs(make)
-    kept: list[Any] = []
-
-    def run() -> Any:
-        made = make(rngs=_like(request.rngs)) if takes_rngs else make()
-        if not isinstance(made, nnx.Pytree):
-            kept.append(made)
-            return ()
-        _mark_arrays(made)
-        graphdef, state = nnx.split(made)
-        kept.append(graphdef)
-        return state
-
     try:
-        state = jax.eval_shape(run)
+        made = made_abstractly(lambda: make(rngs=_like(request.rngs)) if takes_rngs else make())
     except Exception as error:
         raise LoweringError(
             f"the factory raised {type(error).__name__}: {error}",
             path=_name(make),
             fix="Calling it under jax.eval_shape raises it too; mend the factory.",
         ) from error
-    if not isinstance(kept[0], nnx.GraphDef):
-        return other(kept[0])
+    if not isinstance(made, nnx.Pytree):
+        return other(made)
     if request.rngs is not None and not takes_rngs:
         raise LoweringError(
             "found rngs=, but the factory takes none",
@@ -126,7 +114,7 @@ def lower_factory(request: Request, other: Callable[[Any], Lowered]) -> Lowered:
         )
     lowered = _lower_live(
         Request(
-            source=nnx.merge(kept[0], state),
+            source=made,
             args=request.args,
             kwargs=request.kwargs,
             method=request.method,
@@ -147,6 +135,28 @@ def lower_factory(request: Request, other: Callable[[Any], Lowered]) -> Lowered:
         return _same(lowered.graph, ready)
 
     return Lowered(graph=lowered.graph, init=init)
+
+
+def made_abstractly(make: Callable[[], Any]) -> Any:
+    """What a factory makes; an NNX module has shapes in place of arrays, and nothing is computed.
+
+    Raises:
+        Exception: whatever the factory raises under ``jax.eval_shape``.
+    """
+    kept: list[Any] = []
+
+    def run() -> Any:
+        made = make()
+        if not isinstance(made, nnx.Pytree):
+            kept.append(made)
+            return ()
+        _mark_arrays(made)
+        graphdef, state = nnx.split(made)
+        kept.append(graphdef)
+        return state
+
+    state = jax.eval_shape(run)
+    return nnx.merge(kept[0], state) if isinstance(kept[0], nnx.GraphDef) else kept[0]
 
 
 def _name(make: Any) -> str:
@@ -185,7 +195,7 @@ def read_module(model: Any) -> tuple[Graph, Sequence[Any]]:
 
 
 def parameters_of(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of a class, a function or a partial of either, without those it has already."""
+    """The parameters that a class, a function or a partial of either still takes."""
     # The metaclass of NNX hides the constructor's own signature.
     function = getattr(make, "func", make)
     is_class = isinstance(function, type)
@@ -228,8 +238,7 @@ def _unready(model: Any) -> list[str]:
     """The paths of the ToNNX wrappers that were never initialised."""
     found = []
     for path, obj in nnx.iter_graph(model):
-        own = ("to_nnx__", "_pytree__")
-        if isinstance(obj, bridge.ToNNX) and all(name.startswith(own) for name in vars(obj)):
+        if isinstance(obj, bridge.ToNNX) and not wrapped_variables(obj):
             # A module without variables looks the same, and may be called as it is.
             found.append("/".join(map(str, path)))
     return found

@@ -34,7 +34,7 @@ class NNXMeta(bridge.NNXMeta[Any]):
         >>> from flax import linen as nn, nnx
         >>> box = NNXMeta(nnx.Param, jnp.ones((3, 2)), {"out_sharding": ("in", "out")})
         >>> box.add_axis(0, {nn.PARTITION_NAME: "layers"}).get_partition_spec()
-        PartitionSpec('layers', 'in', 'out')
+        P('layers', 'in', 'out')
     """
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> NNXMeta:
@@ -93,11 +93,7 @@ class NNXMeta(bridge.NNXMeta[Any]):
 
 def _inserted(names: Any, index: int, name: Any) -> Any:
     entries = [*names, *[None] * (index - len(names))]
-    return type(names)(*_with(entries, index, name)) if _is_spec(names) else _with(entries, index, name)
-
-
-def _with(entries: list[Any], index: int, name: Any) -> tuple[Any, ...]:
-    return (*entries[:index], name, *entries[index:])
+    return _like(names, (*entries[:index], name, *entries[index:]))
 
 
 def _removed(names: Any, index: int, name: Any) -> Any:
@@ -105,11 +101,12 @@ def _removed(names: Any, index: int, name: Any) -> Any:
     found = entries.pop(index)
     if found != name:
         raise ValueError(f"at axis {index} of {names}: found {found!r}, expected {name!r}")
-    return type(names)(*entries) if _is_spec(names) else tuple(entries)
+    return _like(names, tuple(entries))
 
 
-def _is_spec(names: Any) -> bool:
-    return isinstance(names, jax.sharding.PartitionSpec)
+def _like(names: Any, entries: tuple[Any, ...]) -> Any:
+    is_spec = isinstance(names, jax.sharding.PartitionSpec)
+    return jax.sharding.PartitionSpec(*entries) if is_spec else entries
 
 
 def plain_metadata() -> dict[str, Any]:

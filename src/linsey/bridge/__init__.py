@@ -17,12 +17,15 @@ from flax.nnx.bridge import (
 )
 
 from linsey._boxes import NNXMeta
+from linsey.bridge._functional import Functional, functional
 from linsey.bridge._lazy import lazy_init
+from linsey.bridge._registry import register_variable_name_type_pair, with_partitioning
 from linsey.bridge._to_linen import ToLinen, to_linen
 from linsey.bridge._to_nnx import ToNNX
 
 __all__ = [
     "AttrPriority",
+    "Functional",
     "Module",
     "NNXMeta",
     "Scope",
@@ -31,9 +34,12 @@ __all__ = [
     "compact",
     "current_context",
     "current_module",
+    "functional",
     "initializers",
     "lazy_init",
     "linen_in_bridge_mdl",
     "nnx_in_bridge_mdl",
+    "register_variable_name_type_pair",
     "to_linen",
+    "with_partitioning",
 ]

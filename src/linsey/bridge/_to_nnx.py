@@ -11,7 +11,7 @@ from flax import linen, nnx
 from linsey import _boxes, _trees
 from linsey._collections import kind_of_collection
 from linsey.bridge import _private
-from linsey.bridge._wrapped import HELD, WrappedLinen, renewed
+from linsey.bridge._wrapped_linen import HELD, WrappedLinen, renewed
 from linsey.ir import BridgeError, Path, format_path
 
 _SUFFIX = "__collection"
