@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
+from linsey.ir import alive
+
 
 class _Absent:
     def __repr__(self) -> str:
@@ -211,6 +213,17 @@ class Live:
     """A readable name."""
     live: Any = _live()  # noqa: RUF009 - makes a dataclass field
     """The object itself."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _found_alive, (alive.token_of(self.live, self.key), self.text)
+
+
+def _found_alive(token: str, text: str) -> AttrValue:
+    """What a pickle holds of a `Live`: the same again in this process, its name elsewhere."""
+    found = alive.find(token)
+    if found is None:
+        return Live(key=("elsewhere", token), text=text)
+    return Live(key=found[1], text=text, live=found[0])
 
 
 AttrValue: TypeAlias = (

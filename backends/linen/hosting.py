@@ -17,7 +17,8 @@ from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
 GRAPH_COLLECTION = "nnx"
 """The collection in which a ``linsey.bridge.ToLinen`` keeps its graphdef."""
 
-_MISSING = object()
+MISSING = object()
+"""Stands for a variable that is not there."""
 _FIX = "Pass the variables that came with the module, as init or linsey.to_linen returned them."
 
 Box = Callable[[nnx.Variable[Any]], Any]
@@ -50,6 +51,15 @@ class Hosting:
         """The Variable, or the bare array, of a slot in objects of this structure."""
         return value_at(made, self._plan.slots[slot])
 
+    def is_stored(self, module: linen.Module, *, with_streams: bool = True) -> bool:
+        """Whether the scope of a bound Linen module holds all the variables."""
+        return all(
+            value_in(module.get_variable(str(place[0]), str(place[1]), MISSING), place[2:])
+            is not MISSING
+            for place in self.places.values()
+            if with_streams or place[0] not in RNG_COLLECTIONS
+        )
+
     def plain(
         self, variables: Mapping[str, Any], method: Any, args: Any, kwargs: Mapping[str, Any]
     ) -> Any:
@@ -60,7 +70,7 @@ class Hosting:
         """
 
         def stored(collection: str, name: str) -> Any:
-            return variables.get(collection, {}).get(name, _MISSING)
+            return variables.get(collection, {}).get(name, MISSING)
 
         values = self._values(stored, (), without_streams=False)
         made = self._plan.build(values)
@@ -99,7 +109,7 @@ class Hosting:
         keys = {name: module.make_rng(name) for name in given}
 
         def stored(collection: str, name: str) -> Any:
-            return module.get_variable(collection, name, _MISSING)
+            return module.get_variable(collection, name, MISSING)
 
         values = self._values(stored, scope.path, without_streams=bool(keys))
         called = override_streams(self._graph, values, keys) if keys else values
@@ -137,10 +147,8 @@ class Hosting:
         values: list[Any] = [None] * len(slots)
         for slot, place in self.places.items():
             collection = place[0]
-            value = stored(str(collection), str(place[1]))
-            for name in place[2:]:
-                value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
-            if value is _MISSING:
+            value = value_in(stored(str(collection), str(place[1])), place[2:])
+            if value is MISSING:
                 if without_streams and collection in RNG_COLLECTIONS:
                     values[slot] = _trees.placeholder(slots[slot])
                     continue
@@ -196,6 +204,13 @@ class Hosting:
                     if collection in self._collections:
                         value = _merged(module.get_variable(collection, str(name), {}), value)
                     module.put_variable(collection, str(name), value)
+
+
+def value_in(tree: Any, path: Path) -> Any:
+    """What lies at a path of nested dicts, or `MISSING`."""
+    for name in path:
+        tree = tree.get(name, MISSING) if isinstance(tree, Mapping) else MISSING
+    return tree
 
 
 def _method(made: Any, method: Any) -> Callable[..., Any]:

@@ -15,10 +15,9 @@ from flax.nnx import bridge
 
 from linsey import _trees
 from linsey.backends import _private
+from linsey.backends.linen.hosting import MISSING, value_in
 from linsey.backends.nnx.build import Plan, rebuild, value_at, wrapper_slots
 from linsey.ir import RNG_COLLECTIONS, EmitError, Graph, Path, format_path
-
-_MISSING = object()
 
 
 class Inner:
@@ -101,10 +100,8 @@ class Inner:
 
     def _variable(self, module: bridge.ToLinen, slot: int, path: Path) -> Any:
         collection = self._graph.slots[slot].collection
-        value: Any = module.get_variable(collection, path[0], _MISSING)  # type: ignore[arg-type]
-        for name in path[1:]:
-            value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
-        if value is _MISSING:
+        value = value_in(module.get_variable(collection, str(path[0]), MISSING), path[1:])
+        if value is MISSING:
             raise EmitError(
                 "the variable is missing",
                 path=format_path((collection, *module.path, *path)),

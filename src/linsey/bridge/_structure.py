@@ -41,6 +41,10 @@ class Structure:
         self.is_stored = is_stored or not self._inner.is_needed
         """Whether a call needs nothing but the variables."""
 
+    def is_complete(self, module: WrappedNNX) -> bool:
+        """Whether the scope of a bound module holds all the variables."""
+        return self.hosting.is_stored(module, with_streams=self.is_stored)
+
     def run(
         self, module: WrappedNNX, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

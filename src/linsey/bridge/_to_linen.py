@@ -75,7 +75,7 @@ class ToLinen(WrappedNNX):
         """
         assert self.scope is not None
         graphdef = self.get_variable(GRAPH_COLLECTION, GRAPHDEF)
-        if graphdef is None and self.is_initializing():
+        if self.is_initializing() and not _is_made(self, graphdef):
             output, spec, made = self._initialize(nnx_method, args, kwargs)
             self._store_graphdef(GraphDef(spec, nnx.graphdef(made)))
             return output
@@ -114,6 +114,15 @@ class ToLinen(WrappedNNX):
             graphdef = GraphDef(HostSpec(graph, graph.root), nnx.graphdef(made))
             if graphdef != self.get_variable(GRAPH_COLLECTION, GRAPHDEF):
                 self._store_graphdef(graphdef)
+
+
+def _is_made(module: ToLinen, graphdef: Any) -> bool:
+    """Whether an init has come to this module before.
+
+    The graphdef alone does not tell: ``nn.scan`` traces its body once for what it broadcasts, and
+    again for the rest.
+    """
+    return isinstance(graphdef, GraphDef) and Hosting.of(graphdef.spec).is_stored(module)
 
 
 def _spec(graphdef: Any, where: tuple[str, ...]) -> HostSpec:

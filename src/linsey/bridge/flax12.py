@@ -251,7 +251,7 @@ class ToLinen(WrappedNNX):
     @linen.compact
     def __call__(self, *args: Any, nnx_method: Any = None, **kwargs: Any) -> Any:
         """Calls the NNX module; see `linsey.bridge.ToLinen`."""
-        if self.is_initializing() and not self.variables:
+        if self.is_initializing() and not self._is_made():
             output, _, _ = self._initialize(nnx_method, args, kwargs)
             return output
         return structure_of(self, self.variables).run(self, nnx_method, args, kwargs)
@@ -266,6 +266,11 @@ class ToLinen(WrappedNNX):
                 method = call.pop("nnx_method", kwargs.get("method"))
                 return structure.hosting.plain(variables, method, args, call)
         return super().apply(variables, *args, **kwargs)
+
+    @linen.nowrap
+    def _is_made(self) -> bool:
+        """Whether an init has come to this module before; see `linsey.bridge.ToLinen`."""
+        return bool(self.variables) and structure_of(self, self.variables).is_complete(self)
 
     @linen.nowrap
     def _keeps_streams(self) -> bool:
