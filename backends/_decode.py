@@ -23,6 +23,7 @@ from linsey.ir import (
     TreeType,
     decode,
 )
+from linsey.ir.reserved import GRAPHDEF
 
 
 def kind_of(slot: Slot) -> type[nnx.Variable[Any]]:
@@ -118,7 +119,7 @@ def linen_module(graph: Graph, number: int) -> linen.Module:
             held = node.source if node.source.dialect == "linen" else node.wrapper
             assert held is not None
             attrs = node.attrs if held is node.source else node.wrapper.attrs  # type: ignore[union-attr]
-            fields = {str(key): value(attr) for key, attr in attrs}
+            fields = {str(key): value(attr) for key, attr in attrs if key != GRAPHDEF}
             made[index] = value(held.cls)(**fields)
         return made[index]
 

@@ -20,6 +20,7 @@ from linsey.ir import (
     Const,
     Encoder,
     Instance,
+    Live,
     NodeRef,
     Partition,
     Ref,
@@ -53,6 +54,8 @@ class FlaxEncoder(Encoder):
             )
         if obj is PartitionSpec.UNCONSTRAINED:
             return Ref(name="jax.sharding:PartitionSpec.UNCONSTRAINED", live=obj)
+        if isinstance(obj, nnx.GraphDef):
+            return Live(key=obj, text="graphdef", live=obj)
         if isinstance(obj, type) and issubclass(obj, linen.Module):
             return reference(obj) or _private.transformed_class(obj, self)
         return None

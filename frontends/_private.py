@@ -162,7 +162,12 @@ class _Meta:
 
 def _call_to_nnx(self: Any, *args: Any, **kwargs: Any) -> Any:
     run = functools.partial(_originals[wrappers.ToNNX, "__call__"], self, *args, **kwargs)
-    return run() if _active.watcher is None else _active.watcher.call_to_nnx(self, run)
+    return watched_call(run)
+
+
+def watched_call(run: functools.partial[Any]) -> Any:
+    """Runs the call of a ToNNX (the first argument of `run`) as the watcher at work wants it."""
+    return run() if _active.watcher is None else _active.watcher.call_to_nnx(run.args[0], run)
 
 
 _replacements = {

@@ -9,13 +9,11 @@ from flax import linen, nnx
 from flax.core import meta
 
 from linsey import _trees
+from linsey._places import stored_path
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan, value_at, wrapper_slots
 from linsey.backends.nnx.emit import new_state, override_streams
 from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
-
-GRAPH_COLLECTION = "nnx"
-"""The collection in which a ``linsey.bridge.ToLinen`` keeps its graphdef."""
 
 MISSING = object()
 """Stands for a variable that is not there."""
@@ -35,7 +33,11 @@ class Hosting:
     def __init__(self, spec: HostSpec) -> None:
         self._graph = spec.graph
         self._plan = Plan(spec.graph, spec.node)
-        self.places = linen_places(spec.graph, self._plan)
+        self.places: dict[int, Path] = {}
+        """Collection and path of each Linen variable, by slot."""
+        for slot, path in self._plan.slots.items():
+            collection = spec.graph.slots[slot].collection
+            self.places[slot] = (collection, *stored_path(collection, path))
         self._counts = _counts(spec)
         self._known = {path for slot in spec.graph.slots for path in slot.paths}
         self._known.update(self._plan.slots.values())
@@ -86,6 +88,7 @@ class Hosting:
         kwargs: Mapping[str, Any],
         *,
         box: Box = nnx.Variable.get_raw_value,
+        built: Callable[[Any], None] = lambda made: None,
         restructured: Callable[[Any], None] | None = None,
         strict: bool = True,
     ) -> Any:
@@ -97,6 +100,7 @@ class Hosting:
             args: positional arguments.
             kwargs: keyword arguments.
             box: for the Variables that the call makes.
+            built: is given the NNX module before the call.
             restructured: is given the NNX module when the call changed its structure.
             strict: whether a changed static attribute is an error; it is dropped otherwise.
 
@@ -114,6 +118,7 @@ class Hosting:
         values = self._values(stored, scope.path, without_streams=bool(keys))
         called = override_streams(self._graph, values, keys) if keys else values
         made = self._plan.build(called)
+        built(made)
         output = _method(made, method)(*args, **kwargs)
         replaced = {slot for slot, value in enumerate(called) if value is not values[slot]}
         if not module.is_mutable_collection("RngCount"):
@@ -221,21 +226,6 @@ def _method(made: Any, method: Any) -> Callable[..., Any]:
 
 def _shown(place: Path, where: Path) -> str:
     return format_path((place[0], *where, *place[1:]))
-
-
-def linen_places(graph: Any, plan: Plan) -> dict[int, Path]:
-    """Where the Linen variables of an NNX module lie: collection and path, by slot.
-
-    The first name is always a string, and never ``params`` in the collection of that name: Linen
-    refuses both.
-    """
-    places: dict[int, Path] = {}
-    for slot, path in plan.slots.items():
-        collection = graph.slots[slot].collection
-        first = str(path[0])
-        is_doubled = collection == "params" and first == "params"
-        places[slot] = (collection, "params__nnx" if is_doubled else first, *path[1:])
-    return places
 
 
 def _counts(spec: HostSpec) -> list[int]:

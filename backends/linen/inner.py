@@ -66,6 +66,9 @@ class Inner:
             made = self._plan.build(values)
         else:
             made = rebuild(live, {path: values[slot] for slot, path in self._plan.slots.items()})
+        note = getattr(module, "linsey_note", None)
+        if note is not None:
+            note(made)
         checked = [slot for slot in missing if not self._drop_stream(made, slot)]
         method = kwargs.pop("nnx_method", None)
         if method is None or isinstance(method, str):

@@ -15,12 +15,14 @@ from flax import errors, linen
 from flax.nnx import bridge
 
 from linsey._collections import unboxed
+from linsey._places import linen_slots
 from linsey.backends import _private
 from linsey.backends._decode import linen_module
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.inner import Inner
-from linsey.backends.nnx.build import linen_slots
+from linsey.backends.nnx.build import graphdef_of
 from linsey.ir import EmitError, Path
+from linsey.ir.reserved import GRAPH_COLLECTION
 
 _NOT_BY_DEFAULT = frozenset({"params", "intermediates", "perturbations"})
 
@@ -56,7 +58,13 @@ class Region:
         }
         collections = dict.fromkeys(collection for _, collection, _ in self.slots)
         self.mutable = [name for name in collections if name not in _NOT_BY_DEFAULT]
-        self._nnx = {path: Inner(graph, number) for path, number in _nnx_nodes(spec)}
+        inside = [
+            (path, number, graphdef_of(graph.nodes[number])) for path, number in _nnx_nodes(spec)
+        ]
+        self._nnx = {
+            path: Inner(graph, number) for path, number, stored in inside if stored is None
+        }
+        self._graphdefs = [(path, stored) for path, _, stored in inside if stored is not None]
 
     @property
     def module(self) -> linen.Module:
@@ -80,6 +88,11 @@ class Region:
             holder = variables
             for name in path:
                 holder = holder.setdefault(str(name), {})
+        for path, graphdef in self._graphdefs:
+            holder = variables.setdefault(GRAPH_COLLECTION, {})
+            for name in path:
+                holder = holder.setdefault(name, {})
+            holder["graphdef"] = graphdef
         return variables
 
     def find(self, updates: Mapping[str, Any]) -> tuple[list[tuple[int, Any]], dict[str, Any]]:
@@ -108,7 +121,8 @@ class Region:
                 holder[path[-1]] = value
 
         for collection, tree in updates.items():
-            walk(collection, (), tree)
+            if collection != GRAPH_COLLECTION or not self._graphdefs:
+                walk(collection, (), tree)
         return found, rest
 
     def call(

@@ -12,6 +12,7 @@ from typing import Any
 from flax import nnx
 
 from linsey import _trees
+from linsey._places import layout, linen_slots, real_keys
 from linsey.backends import _private
 from linsey.backends._decode import kind_of, linen_module, metadata_of
 from linsey.backends._spec import HostSpec
@@ -22,17 +23,16 @@ from linsey.ir import (
     Node,
     Path,
     Template,
-    as_key,
     decode,
     format_path,
 )
 from linsey.ir import (
     Sequence as SequenceAttr,
 )
-from linsey.ir.reserved import KEYS, NAMES, STATE, TREE
+from linsey.ir.reserved import GRAPHDEF, KEYS, NAMES, NODES, STATE, TREE
 
 # A call may add Variables (sow does); these two attributes keep track of that.
-_BOOKKEEPING = frozenset({"_pytree__nodes", STATE})
+_BOOKKEEPING = frozenset({NODES, STATE})
 
 _CHILD, _VARIABLE, _RAW, _STATIC = range(4)
 
@@ -121,7 +121,7 @@ class Plan:
             self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path, {})
         is_data = {str(attribute): kind != _STATIC for attribute, kind, _ in entry.items}
         nodes = LinenHost._pytree__nodes.update(is_data)
-        entry.items.append(("_pytree__nodes", _STATIC, nodes))
+        entry.items.append((NODES, _STATIC, nodes))
         entry.items.sort(key=lambda item: _order(item[0]))
 
     def _prepare_held(
@@ -160,18 +160,15 @@ class Plan:
                 entry.state = decode(value)
             else:
                 entry.items.append((name, _STATIC, decode(value)))
-        attributes = {str(name): item for name, _, item in entry.items}
         hold = getattr(entry.cls, "linsey_hold", lambda module: ("to_nnx__module", module))
         name, held = hold(linen_module(self.graph, number))
         entry.items.append((name, _STATIC, held))
         self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path, {})
+        place_of = layout(node.wrapper)
         for below, slot in linen_slots(self.graph, number):
             if self.graph.slots[slot].is_derived:
                 continue  # PRNG state in a ToLinen below: flax stores it nowhere
-            place = below
-            if hasattr(entry.cls, "linsey_place"):  # it lays its variables out in its own way
-                collection = self.graph.slots[slot].collection
-                place = entry.cls.linsey_place(attributes, collection, below)
+            place = place_of(self.graph.slots[slot].collection, below)
             self._slot(slot, (*path, *place))
             entry.linen.append((place, slot))
 
@@ -351,26 +348,15 @@ def is_hosted(node: Node) -> bool:
     return node.wrapper is None or hasattr(decode(node.wrapper.cls), "linsey_parts")
 
 
-def real_keys(node: Node) -> Mapping[Key, Any]:
-    """The keys of a dict that are neither str nor int, by their names in the graph."""
-    value = next((value for name, value in node.attrs if name == NAMES), None)
-    return {} if value is None else decode(value)
-
-
 def wrapper_slots(graph: Graph) -> set[int]:
     """The slots that ToNNX wrappers hold themselves: their PRNG state."""
-    found: set[int] = set()
-    todo = [
-        child
+    return {
+        slot
         for node in graph.nodes
         if node.wrapper is not None and node.source is not None and node.source.dialect == "linen"
         for _, child in node.wrapper.children
-    ]
-    while todo:
-        node = graph.nodes[todo.pop()]
-        found.update(slot for _, slot in node.slots)
-        todo.extend(child for _, child in node.children)
-    return found
+        for slot in slots_below(graph, child)
+    }
 
 
 def _leaves(value: Any) -> int:
@@ -412,33 +398,29 @@ def _changed(path: Path, what: str) -> EmitError:
     )
 
 
-def linen_slots(graph: Graph, root: int) -> list[tuple[Path, int]]:
-    """The variables of a Linen module: path below it, and slot, NNX modules inside included.
+def graphdef_of(node: Node) -> Any:
+    """The graphdef that Linen variables hold for a node, if they do."""
+    attrs = () if node.wrapper is None else node.wrapper.attrs
+    value = next((value for name, value in attrs if name == GRAPHDEF), None)
+    return None if value is None else decode(value)
 
-    The path is that of the source: it holds the keys of dicts as they are. A tied variable is here
-    once, by its canonical path.
-    """
-    found: dict[int, Path] = {}
+
+def slots_below(graph: Graph, root: int) -> list[int]:
+    """The slots of a node and all below it, wrappers included, each once."""
+    found: dict[int, None] = {}
     seen: set[int] = set()
-
-    def add(slot: int, path: Path) -> None:
-        canonical = graph.slots[slot].path
-        if slot not in found or canonical[-len(path) :] == tuple(map(as_key, path)):
-            found[slot] = path
-
-    def walk(number: int, path: Path) -> None:
-        if number in seen:
-            return
-        seen.add(number)
-        node = graph.nodes[number]
-        names = real_keys(node)
-        for name, slot in node.slots:
-            add(slot, (*path, names.get(name, name)))
-        for name, child in node.children:
-            walk(child, (*path, names.get(name, name)))
-
-    walk(root, ())
-    return [(path, slot) for slot, path in found.items()]
+    todo = [root]
+    while todo:
+        number = todo.pop()
+        if number not in seen:
+            seen.add(number)
+            node = graph.nodes[number]
+            found.update(dict.fromkeys(slot for _, slot in node.slots))
+            todo.extend(child for _, child in node.children)
+            if node.wrapper is not None:
+                found.update(dict.fromkeys(slot for _, slot in node.wrapper.slots))
+                todo.extend(child for _, child in node.wrapper.children)
+    return list(found)
 
 
 def rebuild(module: Any, values: Mapping[Path, Any]) -> Any:

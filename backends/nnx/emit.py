@@ -43,7 +43,8 @@ def build(graph: Graph, values: Values | None) -> Any:
 
 def overrides_call(cls: type) -> bool:
     """Whether a class is a ToLinen with a call of its own."""
-    return issubclass(cls, bridge.ToLinen) and cls.__call__ is not bridge.ToLinen.__call__
+    own = getattr(cls, "linsey_call", bridge.ToLinen.__call__)
+    return issubclass(cls, bridge.ToLinen) and cls.__call__ is not own
 
 
 def emit(graph: Graph, values: Values | None) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from flax import linen, nnx
 import linsey.frontends.nnx.build as nnx_build
 from linsey import _trees
 from linsey._collections import EPHEMERAL, collection_of, unboxed
+from linsey._places import stored_path
 from linsey.frontends._builder import Builder
 from linsey.frontends._encode import (
     FlaxEncoder,
@@ -26,6 +27,7 @@ from linsey.frontends.linen.observe import (
     observing,
 )
 from linsey.ir import (
+    Attrs,
     Encoder,
     LoweringError,
     Path,
@@ -38,6 +40,7 @@ from linsey.ir import (
     as_key,
     format_path,
 )
+from linsey.ir.reserved import GRAPH_COLLECTION, GRAPHDEF
 
 SlotAt = Callable[[str, Path], int | None]
 """Gives the slot of a variable by collection and path below the region's root, or None."""
@@ -59,6 +62,8 @@ class Region:
         self._prefix = prefix
         self._observer = observer
         self._node_of: dict[LinenPath, int] = {}
+        self.graphdefs: dict[Path, Any] = {}
+        """The graphdefs that linsey's ToLinen stored, by scope path."""
         self.encode = FlaxEncoder(self._bound_node)
 
     def _bound_node(self, module: linen.Module) -> int | None:
@@ -92,7 +97,7 @@ class Region:
             number, inner = self._node_of[path], (*self._prefix, *path)
             wrapper = Wrapper(
                 cls=self.encode(type(seen.instance)),
-                attrs=tuple(self.encode.fields(seen.instance)),
+                attrs=self.wrapper_attributes(path, self.encode.fields(seen.instance)),
             )
             walker = nnx_build.Walker(
                 self._builder,
@@ -101,6 +106,13 @@ class Region:
             )
             walker.add(seen.nnx, inner, at=number)
             self._builder.nodes[number].wrapper = wrapper
+
+    def wrapper_attributes(self, path: Path, fields: Attrs) -> Attrs:
+        """The attributes of the ToLinen at a scope path."""
+        graphdef = self.graphdefs.get(path)
+        if graphdef is None:
+            return fields
+        return (*fields, (GRAPHDEF, self.encode(graphdef)))
 
     def nnx_variables(self) -> dict[tuple[str, Path], nnx.Variable[Any]]:
         """The variables of those NNX modules, by collection and path; not their PRNG state."""
@@ -113,6 +125,29 @@ class Region:
                         names = map(as_key, below)
                         found[collection_of(type(leaf)), (*path, *names)] = leaf
         return found
+
+    def slot_paths(self) -> dict[tuple[str, Path], Path]:
+        """The paths of slots whose variables lie elsewhere, by collection and path of those."""
+        found: dict[tuple[str, Path], Path] = {}
+        for scope, seen in self._observer.modules.items():
+            wrappers = () if seen.nnx is None else nnx.iter_graph(seen.nnx)
+            for where, part in wrappers:
+                if hasattr(part, "linsey_variables") and isinstance(part, nnx.Module):
+                    for below, place, leaf in nnx_build.wrapped_variables(part):
+                        collection = collection_of(type(leaf))
+                        at = stored_path(collection, (*where, *place))
+                        found[collection, (*scope, *map(as_key, at))] = (
+                            *scope,
+                            *map(as_key, (*where, *below)),
+                        )
+        return found
+
+    def is_inside_nnx(self, path: Path) -> bool:
+        """Whether a path leads into an NNX module."""
+        return any(
+            seen.nnx is not None and path[: len(root)] == root
+            for root, seen in self._observer.modules.items()
+        )
 
     def bind(self, path: Path, slot: int) -> None:
         """Gives a slot to the node that its path leads to."""
@@ -155,26 +190,36 @@ def add_variables(region: Region, builder: Builder, variables: Mapping[str, Any]
     outer = {(collection, path[:depth]) for collection, path in edges for depth in range(len(path))}
     stops = (edges - outer) | set(inner)
     made: dict[tuple[str, Path], int] = {}
-    nnx_roots = {path for path, seen in region._observer.modules.items() if seen.nnx is not None}
+    region.graphdefs = dict(_graphdefs(variables.get(GRAPH_COLLECTION, {}), ()))
+    paths = region.slot_paths()
 
     def walk(collection: str, path: Path, value: Any) -> None:
         at = (collection, path)
         is_tree = isinstance(value, Mapping)
-        inside_nnx = any(path[: len(root)] == root for root in nnx_roots)
+        inside_nnx = region.is_inside_nnx(path)
         if is_tree and (at not in stops or (inside_nnx and at not in inner)):
             if not value:
                 builder.empty.append((collection, *path))
             for name in sorted(value, key=str):
                 walk(collection, (*path, as_key(name)), value[name])
             return
-        slot = _slot(collection, path, value, region.encode)
+        slot = _slot(collection, paths.get(at, path), value, region.encode)
         made[at] = builder.add_slot(slot)
         if not inside_nnx:
             region.bind(path, made[at])
 
     for collection in sorted(variables):
-        walk(collection, (), variables[collection])
+        if collection != GRAPH_COLLECTION or not region.graphdefs:
+            walk(collection, (), variables[collection])
     region.add_nnx(lambda collection, path: made.get((collection, path)))
+
+
+def _graphdefs(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    if isinstance(tree, nnx.GraphDef):
+        yield path[:-1], tree
+    elif isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _graphdefs(value, (*path, name))
 
 
 def _slot(collection: str, path: Path, value: Any, encode: Encoder) -> Slot:

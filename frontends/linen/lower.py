@@ -15,6 +15,7 @@ from flax import core, errors, linen, nnx
 
 from linsey import _trees
 from linsey._collections import unboxed
+from linsey._places import variable_places
 from linsey.frontends import _private
 from linsey.frontends._builder import Builder, Draft
 from linsey.frontends._record import Lowered, Request
@@ -34,6 +35,7 @@ from linsey.ir import (
     is_host,
     slot_index,
 )
+from linsey.ir.reserved import GRAPH_COLLECTION
 
 _MISSING = object()
 
@@ -149,7 +151,7 @@ def _graph(module: linen.Module, observer: Observer, variables: Any, given: Any)
     region.add_modules()
     add_variables(region, builder, core.unfreeze(variables))
     if is_nnx:
-        draft.wrapper = Wrapper(cls=whole.cls, attrs=whole.fields)
+        draft.wrapper = Wrapper(cls=whole.cls, attrs=region.wrapper_attributes((), whole.fields))
     if given is not None:
         _take_boxes(builder, given, region.encode)
     return builder.finish()
@@ -193,6 +195,7 @@ def read(graph: Graph, variables: Any, places: Mapping[int, Path] = MappingProxy
             path="variables",
             fix="Pass what `module.init` returned.",
         )
+    places = places or variable_places(graph)
     problems, arrays = [], []
     for number, slot in enumerate(graph.slots):
         value = _get(variables, places.get(number, (slot.collection, *slot.path)))
@@ -240,7 +243,8 @@ def _extra(graph: Graph, variables: Any, places: Mapping[int, Path]) -> list[str
             found.append(f"{format_path(path)}: not a variable of this module")
 
     for collection, tree in variables.items():
-        walk((collection,), tree)
+        if collection != GRAPH_COLLECTION:
+            walk((collection,), tree)
     return found
 
 

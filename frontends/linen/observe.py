@@ -158,7 +158,9 @@ class Observer(_private.Watcher):
         seen = self.modules.get(path)
         if seen is None:
             seen = self.modules[path] = Module(module)
-        if isinstance(module, bridge.ToLinen) and _is_to_linen_call(method):
+        if hasattr(type(module), "linsey_made"):
+            run = functools.partial(self._call_own_to_linen, seen, module, run)
+        elif isinstance(module, bridge.ToLinen) and _is_to_linen_call(method):
             run = functools.partial(self._call_to_linen, seen, module, run)
         try:
             # flax checks `setup` by calling a lambda of its own on the module.
@@ -174,6 +176,14 @@ class Observer(_private.Watcher):
             if self.failed_at is None:
                 self.failed_at = path
             raise
+
+    def _call_own_to_linen(
+        self, seen: Module, module: Any, run: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Runs a ToLinen of linsey, which tells what it made."""
+        output = run(*args, **kwargs)
+        seen.nnx = seen.nnx if module.linsey_made is None else module.linsey_made
+        return output
 
     def _call_to_linen(
         self, seen: Module, module: bridge.ToLinen, run: Any, *args: Any, **kwargs: Any

@@ -35,7 +35,7 @@ from linsey.ir import (
     format_path,
     is_host,
 )
-from linsey.ir.reserved import KEYS, NAMES, STATE, TREE
+from linsey.ir.reserved import KEYS, NAMES, NODES, STATE, TREE
 
 _MAX_ALIASES = 8
 
@@ -128,6 +128,8 @@ class Walker:
             value = value.value
         if key == STATE:
             draft.attrs.append((key, encode((value.initializing, value.is_setup))))
+        elif key == NODES:  # what was set first is no part of the structure
+            draft.attrs.append((key, self.encode(type(value)(dict(sorted(value.items()))))))
         elif is_data is False:
             draft.attrs.append((key, self.encode(value)))
         elif isinstance(value, nnx.Variable):
@@ -216,20 +218,23 @@ class Walker:
             slots=tuple(own.slots),
         )
         observer: Observer = self._nested.get(id(wrapper), (None, Observer()))[1]
-        if observer.nested:
+        if any(not hasattr(inner, "linsey_variables") for inner, _ in observer.nested):
             raise LoweringError(
                 "found a ToNNX inside a ToLinen inside a ToNNX: flax cannot initialise or call it",
                 path=format_path(path),
                 fix="Hold the inner Linen module without wrappers, in the Linen module above.",
             )
         region = linen_build.Region(self._builder, number, path, observer)
+        graphdefs = dict(vars(wrapper).get("to_nnx__graphdefs", ()))
+        region.graphdefs = {where[:-1]: graphdef for where, graphdef in graphdefs.items()}
         region.add_modules()
-        inner = region.nnx_variables()
+        moved = region.slot_paths()
         slots: dict[tuple[str, Path], int] = {}
         for below, place, variable in variables:
-            slot = self._variable(variable, (*path, *below), (*path, *place))
-            slots[collection_of(type(variable)), below] = slot
-            if (collection_of(type(variable)), below) not in inner:
+            at = (collection_of(type(variable)), below)
+            slot = self._variable(variable, (*path, *moved.get(at, below)), (*path, *place))
+            slots[at] = slot
+            if not region.is_inside_nnx(below):
                 region.bind(below, slot)
         region.add_nnx(lambda collection, below: slots.get((collection, below)))
         if observer.entry is not None:

@@ -50,8 +50,15 @@ class Structure:
     ) -> Any:
         """Calls a method on the variables of a bound module; see `Hosting.run`."""
         if self.is_stored:
-            box = module._box
-            return self.hosting.run(module, method, args, kwargs, box=box, strict=False)
+            return self.hosting.run(
+                module,
+                method,
+                args,
+                kwargs,
+                box=module._box,
+                built=module.linsey_note,
+                strict=False,
+            )
         return self._inner.call(module, args, {**kwargs, "nnx_method": method})
 
 

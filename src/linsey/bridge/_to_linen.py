@@ -9,10 +9,11 @@ from flax import core, linen, nnx
 
 from linsey import _boxes
 from linsey.backends import HostSpec
-from linsey.backends.linen import GRAPH_COLLECTION, GraphDef, Hosting, plain_call
+from linsey.backends.linen import GraphDef, Hosting, plain_call
 from linsey.bridge._wrapped_nnx import WrappedNNX
 from linsey.frontends.nnx import read_module
 from linsey.ir import BridgeError, format_path
+from linsey.ir.reserved import GRAPH_COLLECTION
 
 GRAPHDEF = "graphdef"
 
@@ -85,6 +86,7 @@ class ToLinen(WrappedNNX):
             args,
             kwargs,
             box=self._box,
+            built=self.linsey_note,
             restructured=self._restructured,
             strict=False,
         )
@@ -135,6 +137,9 @@ def _spec(graphdef: Any, where: tuple[str, ...]) -> HostSpec:
         fix="Pass all the variables that init returned. A lifted transform must pass them on too:"
         " variable_axes={'params': 0, 'nnx': None}.",
     )
+
+
+ToLinen.linsey_call = ToLinen.__call__  # by which a backend knows a subclass with its own
 
 
 def to_linen(

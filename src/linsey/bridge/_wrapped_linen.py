@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flax import errors, linen, nnx
@@ -15,12 +15,15 @@ from linsey import _boxes, _trees
 from linsey._collections import unboxed
 from linsey.bridge import _lazy, _private
 from linsey.bridge._held import HeldModule
+from linsey.frontends import watched_call
 from linsey.ir import BridgeError, Path
+from linsey.ir.reserved import GRAPH_COLLECTION
 
 HELD = "to_nnx__held"
 """The attribute that holds the Linen module."""
 _MODE = "to_nnx__mode"
 _SOWN = "to_nnx__sown"
+_GRAPHDEFS = "to_nnx__graphdefs"
 _MODES = ("deterministic", "use_running_average")
 _NOT_BY_DEFAULT = frozenset({"params", "perturbations"})
 
@@ -57,6 +60,7 @@ class WrappedLinen(bridge.ToNNX):
             setattr(self, *self.linsey_hold(module))
             setattr(self, _MODE, ())
             setattr(self, _SOWN, ())
+            setattr(self, _GRAPHDEFS, ())
             return
         is_class = isinstance(module, type)
         name = module.__name__ if is_class else type(module).__name__
@@ -142,6 +146,19 @@ class WrappedLinen(bridge.ToNNX):
             BridgeError: there are no variables yet, they are not those of the module, or a PRNG
                 stream is missing.
         """
+        return watched_call(
+            functools.partial(
+                WrappedLinen._call,
+                self,
+                *args,
+                rngs=rngs,
+                method=method,
+                mutable=mutable,
+                **kwargs,
+            )
+        )
+
+    def _call(self, *args: Any, rngs: Any, method: Any, mutable: Any, **kwargs: Any) -> Any:
         keys = self._own_keys() if rngs is None else _trees.key_dict(rngs)
         mode = dict(vars(self)[_MODE])
         kwargs = _with_mode(self.to_nnx__module, method, mode, args, kwargs) if mode else kwargs
@@ -192,11 +209,20 @@ class WrappedLinen(bridge.ToNNX):
         for collection, path in vars(self)[_SOWN]:
             if collection in variables:
                 variables[collection] = _without(variables[collection], path)
+        for path, graphdef in vars(self)[_GRAPHDEFS]:
+            holder = variables.setdefault(GRAPH_COLLECTION, {})
+            for name in path[:-1]:
+                holder = holder.setdefault(name, {})
+            holder[path[-1]] = graphdef
         return variables
 
     def _store(self, updates: Mapping[str, Any], sown: Iterable[Place]) -> None:
         for collection, tree in updates.items():
-            self._keep(collection, tree)
+            if collection == GRAPH_COLLECTION:  # of each ToLinen inside: static, and no state
+                found = {**dict(vars(self)[_GRAPHDEFS]), **dict(flat(tree))}
+                setattr(self, _GRAPHDEFS, tuple(sorted(found.items(), key=lambda item: item[0])))
+            else:
+                self._keep(collection, tree)
         # Kept apart only where the collection does not say it.
         known = {*vars(self)[_SOWN], *(place for place in sown if place[0] != "intermediates")}
         if len(known) > len(vars(self)[_SOWN]):
@@ -247,6 +273,15 @@ def renewed(kind: type[nnx.Variable[Any]], old: Any, value: Any) -> nnx.Variable
     if raw is not old.get_raw_value():
         old.set_raw_value(raw)
     return old
+
+
+def flat(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The leaves of nested dicts with their paths."""
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for name, value in tree.items():
+        yield from flat(value, (*path, name))
 
 
 def _without(tree: Any, path: Path) -> Any:

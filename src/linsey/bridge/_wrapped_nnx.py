@@ -22,6 +22,16 @@ from linsey.ir import RNG_COLLECTIONS, BridgeError, format_path
 class WrappedNNX(bridge.ToLinen):
     """The base of both `ToLinen`; a face says what is stored and how a call finds it."""
 
+    @property
+    def linsey_made(self) -> nnx.Module | None:
+        """The NNX module that this call made, for a frontend that watches it."""
+        return self.__dict__.get("_linsey_made")
+
+    @linen.nowrap
+    def linsey_note(self, made: nnx.Module) -> None:
+        """Keeps the NNX module that this call made."""
+        object.__setattr__(self, "_linsey_made", made)
+
     def __post_init__(self) -> None:
         _check(self.nnx_class, self.args, self.kwargs)
         super().__post_init__()
@@ -57,7 +67,7 @@ class WrappedNNX(bridge.ToLinen):
         graph, values = read_module(made)
         spec = HostSpec(graph, graph.root)
         self._store(made, spec, values)
-        object.__setattr__(self, "linsey_made", made)  # for a frontend that watches
+        self.linsey_note(made)
         return output, spec, made
 
     @linen.nowrap

@@ -39,7 +39,7 @@ from linsey.bridge._functional import Functional, functional
 from linsey.bridge._lazy import lazy_init
 from linsey.bridge._registry import with_partitioning
 from linsey.bridge._structure import structure_of
-from linsey.bridge._wrapped_linen import HELD, WrappedLinen, renewed
+from linsey.bridge._wrapped_linen import HELD, WrappedLinen, flat, renewed
 from linsey.bridge._wrapped_nnx import WrappedNNX, takes_rngs
 from linsey.ir import BridgeError, Path, format_path
 
@@ -109,7 +109,7 @@ class ToNNX(WrappedLinen):
     def _places(self) -> Iterator[tuple[Path, str, Path, nnx.Variable[Any]]]:
         """Attribute path, collection, Linen path and Variable of each Linen variable."""
         named = dict(vars(self).get(_NAMES, ()))
-        for place, leaf in _flat(self._trees()):
+        for place, leaf in flat(self._trees()):
             if not isinstance(leaf, nnx.Variable):
                 raise BridgeError(
                     f"found {type(leaf).__name__}, expected a Variable",
@@ -131,7 +131,7 @@ class ToNNX(WrappedLinen):
     def _keep(self, collection: str, tree: Mapping[Any, Any]) -> None:
         held = {(c, path): (place, leaf) for place, c, path, leaf in self._places()}
         kind = kind_of_collection(collection)
-        for path, value in _flat(tree):
+        for path, value in flat(tree):
             place, old = held.get((collection, path), (None, None))
             new = renewed(kind, old, value)
             if place is None:
@@ -174,14 +174,6 @@ class ToNNX(WrappedLinen):
             if named == (collection, path):
                 return place  # type: ignore[no-any-return]
         return path
-
-
-def _flat(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    if not isinstance(tree, Mapping):
-        yield path, tree
-        return
-    for name, value in tree.items():
-        yield from _flat(value, (*path, name))
 
 
 def _is_reserved(name: str) -> bool:
@@ -280,6 +272,9 @@ class ToLinen(WrappedNNX):
     def linsey_takes_rngs(self) -> bool:
         """Whether the class takes ``rngs``."""
         return takes_rngs(self.nnx_class)
+
+
+ToLinen.linsey_call = ToLinen.__call__  # by which a backend knows a subclass with its own
 
 
 def to_linen(
