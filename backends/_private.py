@@ -6,9 +6,13 @@ Seen in flax 0.12.8 and 0.12.12.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+from flax import config
+from flax.core.scope import LazyRng
 from flax.linen import module as linen_module
 from flax.nnx import graphlib, pytreelib
 from flax.nnx.bridge import ToLinen
@@ -33,6 +37,21 @@ def store_variables(wrapper: ToLinen, module: Any) -> None:
     wrapper._update_variables(module)
 
 
+@functools.lru_cache
+def _fold(count: int, separated: bool) -> Any:
+    return jax.jit(lambda key: LazyRng.create(key, count).as_jax_rng())
+
+
+def folded(key: Any, count: int) -> Any:
+    """The key that Linen's root scope gives for the draw number `count` from a stream.
+
+    Compiled where it is computed at once: most of the time of Linen's own goes into dispatch.
+    """
+    if isinstance(key, jax.core.Tracer):
+        return LazyRng.create(key, count).as_jax_rng()
+    return _fold(count, bool(config.flax_fix_rng_separator))(key)
+
+
 @contextlib.contextmanager
 def no_parent() -> Iterator[None]:
     """Inside the block, Linen modules are made unbound, whatever module is being called.
@@ -52,4 +71,5 @@ def is_watched() -> bool:
     """Whether somebody intercepts Linen's methods, captures intermediates or tabulates."""
     context = linen_module._context
     stacks = (linen_module._global_interceptor_stack, context.capture_stack)
-    return any(len(stack) > 0 for stack in stacks) or bool(context.call_info_stack)
+    frozen = bool(config.flax_return_frozendict)  # then updates are to be frozen
+    return any(len(stack) > 0 for stack in stacks) or bool(context.call_info_stack) or frozen

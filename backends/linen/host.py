@@ -11,7 +11,7 @@ from flax import linen
 
 from linsey.backends import _private
 from linsey.backends._spec import HostSpec
-from linsey.backends.linen.hosting import Hosting
+from linsey.backends.linen.hosting import Detached, Hosting
 from linsey.ir import EmitError, HostParts, decode
 
 
@@ -62,37 +62,57 @@ class NNXHost(linen.Module):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls a method; see ``linen.Module.apply``.
 
-        A plain call does not go through Linen's scopes: see `plain_call`.
+        A call at the top does not go through Linen's scopes: see `detached`.
         """
-        call = plain_call(self, NNXHost, kwargs)
+        call = detached(self, NNXHost, variables, kwargs)
         if call is None:
             return super().apply(variables, *args, **kwargs)
-        return Hosting.of(self.spec).plain(variables, kwargs.get("method"), args, call)
+        return call(Hosting.of(self.spec), args)
 
 
-def plain_call(
-    module: linen.Module, base: type[linen.Module], kwargs: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """What is left of the keyword arguments of an ``apply`` that needs no scope.
+class Call:
+    """A top-level ``apply`` that needs no scope; see `detached`."""
 
-    That is a call with no ``rngs``, nothing mutable and nobody watching: a scope would cost more
-    than a small module itself. None for any other.
+    def __init__(self, variables: Detached, method: Any, kwargs: dict[str, Any]) -> None:
+        self.variables = variables
+        self._method = method
+        self._kwargs = kwargs
+
+    def __call__(self, hosting: Hosting, args: tuple[Any, ...], **options: Any) -> Any:
+        """Makes the call; `options` are those of `Hosting.run`."""
+        output = hosting.run(self.variables, self._method, args, self._kwargs, **options)
+        return output if self.variables.mutable is False else (output, self.variables.updates())
+
+
+_OPTIONS = ("rngs", "mutable", "capture_intermediates", "method")
+
+
+def detached(
+    module: linen.Module, base: type[linen.Module], variables: Any, kwargs: Mapping[str, Any]
+) -> Call | None:
+    """An ``apply`` that can do without Linen's scopes; None for one that cannot.
+
+    It cannot when somebody watches, when it captures intermediates, and when the method is no name.
 
     Args:
         module: the module.
         base: its class as linsey wrote it; a lifted class must run its transform.
-        kwargs: all that ``apply`` was given.
+        variables: the variables.
+        kwargs: all the keyword arguments that ``apply`` was given.
     """
-    options = {"rngs": None, "mutable": False, "capture_intermediates": False}
-    method = kwargs.get("method")
+    method, rngs = kwargs.get("method"), kwargs.get("rngs")
     if (
         type(module).__call__ is not base.__call__
-        or any(kwargs.get(name, value) != value for name, value in options.items())
+        or kwargs.get("capture_intermediates", False) is not False
         or not (method is None or isinstance(method, str))
+        or not (rngs is None or isinstance(rngs, Mapping))
+        or not isinstance(variables, Mapping)
         or _private.is_watched()
     ):
         return None
-    return {k: v for k, v in kwargs.items() if k not in options and k != "method"}
+    given = Detached(variables, rngs or {}, kwargs.get("mutable", False))
+    rest = {key: value for key, value in kwargs.items() if key not in _OPTIONS}
+    return Call(given, rest.pop("nnx_method", method), rest)
 
 
 def _method(name: str, host: NNXHost, *args: Any, **kwargs: Any) -> Any:

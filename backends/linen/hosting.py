@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen, nnx
 from flax.core import meta
+from flax.core.scope import in_filter
 
 from linsey import _trees
 from linsey._places import stored_path
+from linsey.backends import _private
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan, value_at, wrapper_slots
 from linsey.backends.nnx.emit import new_state, override_streams
@@ -21,6 +24,59 @@ _FIX = "Pass the variables that came with the module, as init or linsey.to_linen
 
 Box = Callable[[nnx.Variable[Any]], Any]
 """How a Variable that a call made is handed to Linen."""
+
+
+class Detached:
+    """Linen variables outside of any scope: what `Hosting.run` needs of a bound module.
+
+    A top-level ``apply`` through Linen clones the module and makes a scope, which costs more than a
+    small module itself.
+
+    Args:
+        variables: the variables.
+        rngs: keys by stream.
+        mutable: the filter of mutable collections.
+    """
+
+    path: tuple[str, ...] = ()
+
+    def __init__(self, variables: Mapping[str, Any], rngs: Mapping[str, Any], mutable: Any) -> None:
+        self._variables = variables
+        self.rngs = rngs
+        self.mutable = mutable
+        self._drawn: dict[str, int] = {}
+        self._changed: dict[str, dict[str, Any]] = {}
+
+    @property
+    def scope(self) -> Detached:
+        """Itself: it stands for the scope too."""
+        return self
+
+    def is_mutable_collection(self, collection: str) -> bool:
+        """As ``linen.Module.is_mutable_collection``."""
+        return self.mutable is not False and bool(in_filter(self.mutable, collection))
+
+    def get_variable(self, collection: str, name: str, default: Any = None) -> Any:
+        """As ``linen.Module.get_variable``."""
+        tree = self._changed.get(collection)
+        tree = self._variables.get(collection, {}) if tree is None else tree
+        return tree.get(name, default)
+
+    def put_variable(self, collection: str, name: str, value: Any) -> None:
+        """As ``linen.Module.put_variable``."""
+        if collection not in self._changed:
+            self._changed[collection] = dict(self._variables.get(collection, {}))
+        self._changed[collection][name] = value
+
+    def make_rng(self, name: str) -> Any:
+        """As ``linen.Module.make_rng`` at the root."""
+        self._drawn[name] = self._drawn.get(name, 0) + 1
+        return _private.folded(self.rngs[name], self._drawn[name])
+
+    def updates(self) -> dict[str, Any]:
+        """The mutable collections after the call."""
+        known = {**self._variables, **self._changed}
+        return {name: tree for name, tree in known.items() if self.is_mutable_collection(name)}
 
 
 class Hosting:
@@ -62,37 +118,19 @@ class Hosting:
             if with_streams or place[0] not in RNG_COLLECTIONS
         )
 
-    def plain(
-        self, variables: Mapping[str, Any], method: Any, args: Any, kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Calls a method with no keys given and nothing mutable, outside of any scope.
-
-        Raises:
-            EmitError: as `run`.
-        """
-
-        def stored(collection: str, name: str) -> Any:
-            return variables.get(collection, {}).get(name, MISSING)
-
-        values = self._values(stored, (), without_streams=False)
-        made = self._plan.build(values)
-        output = _method(made, method)(*args, **kwargs)
-        self._check_streams(made, values, ())
-        return output
-
     def run(
         self,
-        module: linen.Module,
+        module: linen.Module | Detached,
         method: Any,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         *,
         box: Box = nnx.Variable.get_raw_value,
-        built: Callable[[Any], None] = lambda made: None,
+        around: Callable[[Any], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         restructured: Callable[[Any], None] | None = None,
         strict: bool = True,
     ) -> Any:
-        """Calls a method on the variables of a bound Linen module.
+        """Calls a method on the variables of a bound Linen module, or on detached ones.
 
         Args:
             module: the module; what changed is stored in its scope, where that is mutable.
@@ -100,7 +138,7 @@ class Hosting:
             args: positional arguments.
             kwargs: keyword arguments.
             box: for the Variables that the call makes.
-            built: is given the NNX module before the call.
+            around: makes, from the NNX module, a context for the call.
             restructured: is given the NNX module when the call changed its structure.
             strict: whether a changed static attribute is an error; it is dropped otherwise.
 
@@ -109,7 +147,7 @@ class Hosting:
                 is nowhere, or cannot advance.
         """
         scope: Any = module.scope
-        given = self._given(module)
+        given = self._given(scope)
         keys = {name: module.make_rng(name) for name in given}
 
         def stored(collection: str, name: str) -> Any:
@@ -118,8 +156,8 @@ class Hosting:
         values = self._values(stored, scope.path, without_streams=bool(keys))
         called = override_streams(self._graph, values, keys) if keys else values
         made = self._plan.build(called)
-        built(made)
-        output = _method(made, method)(*args, **kwargs)
+        with around(made):
+            output = _method(made, method)(*args, **kwargs)
         replaced = {slot for slot, value in enumerate(called) if value is not values[slot]}
         if not module.is_mutable_collection("RngCount"):
             self._check_streams(made, called, scope.path, replaced)
@@ -133,9 +171,8 @@ class Hosting:
                 restructured(made)
         return output
 
-    def _given(self, module: linen.Module) -> list[str]:
+    def _given(self, scope: Any) -> list[str]:
         """The streams for which the call brings keys that are this module's."""
-        scope: Any = module.scope
         if not self._streams:
             return []
         # At the root a name that no stream has is a mistake, which `override_streams` tells. Below,
@@ -190,7 +227,7 @@ class Hosting:
                     fix="Pass mutable=['RngCount'] and store what comes back, or rngs= with a key.",
                 )
 
-    def _store(self, module: linen.Module, before: list[Any], after: list[Any]) -> None:
+    def _store(self, module: linen.Module | Detached, before: list[Any], after: list[Any]) -> None:
         changed: dict[tuple[str, str], list[tuple[Path, Any]]] = {}
         for slot, place in self.places.items():
             collection, top = str(place[0]), str(place[1])
@@ -202,7 +239,7 @@ class Hosting:
                 old = _with(old, path, value)
             module.put_variable(collection, top, old)
 
-    def _store_new(self, module: linen.Module, made: Any, box: Box) -> None:
+    def _store_new(self, module: linen.Module | Detached, made: Any, box: Box) -> None:
         for collection, tree in new_state(self._plan, made, self._known, box).items():
             if module.is_mutable_collection(collection):
                 for name, value in tree.items():

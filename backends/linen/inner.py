@@ -5,6 +5,7 @@ flax stores no PRNG state for such a module: each call makes it from the streams
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,14 +67,12 @@ class Inner:
             made = self._plan.build(values)
         else:
             made = rebuild(live, {path: values[slot] for slot, path in self._plan.slots.items()})
-        note = getattr(module, "linsey_note", None)
-        if note is not None:
-            note(made)
         checked = [slot for slot in missing if not self._drop_stream(made, slot)]
         method = kwargs.pop("nnx_method", None)
         if method is None or isinstance(method, str):
             method = getattr(type(made), method or "__call__")
-        output = method(made, *args, **kwargs)
+        with getattr(module, "linsey_around", contextlib.nullcontext)(made):
+            output = method(made, *args, **kwargs)
         if checked:
             after = {path: leaf.get_raw_value() for path, leaf in _rng_leaves(made)}
             for slot in checked:

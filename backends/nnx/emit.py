@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,8 +88,14 @@ def override_streams(graph: Graph, arrays: list[Any], rngs: Mapping[str, Any]) -
             own = _typed(key) if len(streams) == 1 else jax.random.fold_in(_typed(key), number)
             shape = arrays[stream.key].shape
             out[stream.key] = jax.random.split(own, shape) if shape else own
-            out[stream.count] = jax.numpy.zeros(shape, jax.numpy.uint32)
+            out[stream.count] = jax.numpy.zeros(shape, jax.numpy.uint32) if shape else _zero()
     return out
+
+
+@functools.lru_cache
+def _zero() -> Any:
+    with jax.ensure_compile_time_eval():  # one that no trace owns
+        return jax.numpy.zeros((), jax.numpy.uint32)
 
 
 def _typed(key: Any) -> Any:

@@ -199,6 +199,8 @@ def parameters_of(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     # The metaclass of NNX hides the constructor's own signature.
     function = getattr(make, "func", make)
     is_class = isinstance(function, type)
+    if is_class and function.__init__ is object.__init__:
+        return {}
     parameters = dict(inspect.signature(function.__init__ if is_class else make).parameters)
     if is_class:
         parameters.pop(next(iter(parameters)))

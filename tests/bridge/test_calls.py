@@ -1,5 +1,6 @@
 """Calls of wrapped modules: methods, state, PRNG streams, modes, and what NNX does with them."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -1300,3 +1301,203 @@ def test_half_precision_variables_are_used_as_they_are() -> None:
     native = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     nnx.update(native, nn.unbox(half["params"]))
     assert_same(linear.apply(half, X), native(X))
+
+
+# --------------------------------------------------------------------------------------
+# state that calls make and change
+
+
+class SowsInLinen(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.inner = nnx.List([bridge.ToNNX(SowsOnce(), rngs=rngs)])
+
+    def __call__(self, x: Array) -> Array:
+        return self.inner[0](x)
+
+
+class SowsOnce(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        self.sow("intermediates", "total", jnp.sum(x))
+        return nn.Dense(2)(x)
+
+
+@pytest.mark.parametrize("mutable", [["intermediates"], True], ids=["intermediates", "True"])
+def test_sown_values_below_to_linen_do_not_grow(mutable: Any) -> None:
+    module = bridge.to_linen(SowsInLinen)
+    variables = module.init(KEY, X)
+    assert "intermediates" not in variables
+    for factor in (1.0, 2.0, 3.0):
+        y, updates = module.apply(variables, factor * X, mutable=mutable)
+        assert_same(jax.tree.leaves(updates["intermediates"]), [jnp.sum(factor * X)])
+        params = nn.unbox(variables["params"])["inner"][0]["params"]["Dense_0"]
+        assert_same(y, nn.Dense(2).apply({"params": params}, factor * X))
+        variables = {**variables, **updates}
+
+
+class MakesVariables(nnx.Module):
+    def __init__(self, absent: bool, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(3, 2, rngs=rngs)
+        if not absent:
+            self.kept = nnx.data(None)
+
+    def start(self) -> None:
+        self.kept = nnx.Cache(jnp.zeros(2))
+
+    def __call__(self, x: Array) -> Array:
+        self.kept[...] += 1
+        return self.linear(x) + self.kept
+
+
+@pytest.mark.parametrize("absent", [True, False], ids=["absent", "none"])
+@RUNS
+def test_a_call_may_make_variables(absent: bool, jit: bool) -> None:
+    module = bridge.to_linen(MakesVariables, absent)
+    variables = module.init(KEY, method="start")
+    assert sorted(variables) == ["nnx", "params"]
+    _, updates = module.apply(variables, mutable=True, method="start")
+    variables = {**variables, **updates}
+    assert_same(nn.unbox(variables["cache"]), {"kept": jnp.zeros(2)})
+
+    native = MakesVariables(absent, nnx.Rngs(0))
+    native.start()
+    nnx.update(native, nn.unbox(variables["params"]))
+
+    def call(native: Any) -> Array:
+        return native(X)
+
+    for _ in range(2):
+        y, updates = _run(lambda v: module.apply(v, X, mutable=["cache"]), variables, jit=jit)
+        assert_same(y, (nnx.jit(call) if jit else call)(native))
+        assert_same(nn.unbox(updates), {"cache": {"kept": native.kept[...]}})
+        variables = {**variables, **updates}
+
+
+class Attention(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.attention = nnx.MultiHeadAttention(2, 4, 4, decode=True, rngs=rngs)
+
+    def start(self, shape: tuple[int, ...]) -> None:
+        self.attention.init_cache(shape)
+
+    def __call__(self, x: Array) -> Array:
+        return self.attention(x)
+
+
+def test_nnx_attention_decodes_in_to_linen() -> None:
+    x = _draw(1, 3, 4)
+    module = bridge.to_linen(Attention)
+    variables = module.init(KEY, x.shape, method="start")
+    variables |= module.apply(variables, x.shape, mutable=True, method="start")[1]
+    native = Attention(nnx.Rngs(0))
+    nnx.update(native, nn.unbox(variables["params"]))
+    native.start(x.shape)
+    for step in range(2):
+        y, updates = module.apply(variables, x[:, step : step + 1], mutable=["cache"])
+        assert_same(y, native(x[:, step : step + 1]))
+        variables = {**variables, **updates}
+
+
+@RUNS
+def test_linen_attention_decodes_in_to_nnx(jit: bool) -> None:
+    x = _draw(1, 3, 4)
+    module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=4, decode=True)
+    model = _to_nnx(module, x)
+    variables = module.init(KEY, x)
+
+    def call(model: Any, x: Array) -> Array:
+        return model(x)
+
+    for step in range(2):
+        one = x[:, step : step + 1]
+        y, updates = _run(
+            lambda v, x: module.apply(v, x, mutable=["cache"]), variables, one, jit=jit
+        )
+        assert_same((nnx.jit(call) if jit else call)(model, one), y)
+        variables = {**variables, **updates}
+        assert_same(_linen(model), variables)
+
+
+def test_a_method_may_change_parameters_where_they_are_mutable() -> None:
+    class Doubles(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.kernel = nnx.Param(jnp.ones(3))
+
+        def double(self) -> None:
+            self.kernel[...] = self.kernel * 2
+
+    module = bridge.to_linen(Doubles)
+    variables = module.init(KEY, method="double")
+    assert_same(nn.unbox(variables["params"]), {"kernel": jnp.ones(3)})
+    _, updates = module.apply(variables, mutable=["params"], method="double")
+    assert_same(nn.unbox(updates), {"params": {"kernel": 2 * jnp.ones(3)}})
+    assert type(updates["params"]["kernel"]) is type(variables["params"]["kernel"])
+
+
+def test_perturbations_have_the_gradients_of_linen() -> None:
+    class Perturbs(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return jnp.sum(self.perturb("hidden", nn.Dense(2)(x)) ** 2)
+
+    module = Perturbs()
+    model = _to_nnx(module, X)
+    variables = module.init(KEY, X)
+
+    def native(perturbations: Any) -> Array:
+        return module.apply({**variables, "perturbations": perturbations}, X)
+
+    def call(model: Any) -> Array:
+        return model(X)
+
+    grads = nnx.grad(call, argnums=nnx.DiffState(0, nnx.Perturbation))(model)
+    expected = jax.grad(native)(variables["perturbations"])
+    assert_same(nnx.to_pure_dict(grads), {"perturbations": expected})
+
+
+def test_lazy_init_works_under_jit() -> None:
+    @jax.jit
+    def made(x: Array) -> Any:
+        return nnx.split(bridge.ToNNX(DenseBatch(), rngs=KEY).lazy_init(x))
+
+    model = nnx.merge(*made(X))
+    expected = jax.jit(DenseBatch().init)(KEY, X)
+    assert_same(_linen(model), expected)
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    model = _to_nnx(nn.Dense(2), X)
+    again = copy.deepcopy(model)
+    assert_same(again(X), model(X))
+    again.params["bias"][...] = jnp.ones(2)
+    assert not np.array_equal(again(X), model(X))
+
+
+def test_a_to_linen_is_hashed_by_what_it_is_made_of() -> None:
+    first, second = bridge.to_linen(nnx.Linear, 3, 2), bridge.to_linen(nnx.Linear, 3, 2)
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != bridge.to_linen(nnx.Linear, 3, 4)
+    variables = first.init(KEY, X)
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(module: Any, variables: Any) -> Array:
+        traced.append(module)
+        return module.apply(variables, X)
+
+    assert_same(call(first, variables), call(second, variables))
+    assert len(traced) == 1
+
+
+def test_functions_of_a_to_linen_can_be_initialized_and_applied() -> None:
+    module = bridge.to_linen(nnx.Linear, 3, 2)
+
+    def twice(module: Any, x: Array) -> Array:
+        return module(x) * 2
+
+    variables = nn.init(twice, module)(KEY, X)
+    assert_same(nn.apply(twice, module)(variables, X), module.apply(variables, X) * 2)
+    bound, of_bound = module.bind(variables).unbind()
+    assert bound == module
+    assert_same(bound.apply(of_bound, X), module.apply(variables, X))

@@ -114,12 +114,12 @@ def abstract_init_is_not_ignored(bridge: ModuleType) -> None:
         variables = model.init(jax.random.key(0), X)
         return str(jax.make_jaxpr(lambda v, x: model.apply(v, x))(variables, X))
 
+    refused = ""
     try:
         found = program(abstract_init=True)
     except TypeError as error:  # refused, as any argument that the class does not know
-        assert "abstract_init" in str(error)
-    else:
-        assert "random_bits" not in found
+        refused, found = str(error), ""
+    assert "abstract_init" in refused or "random_bits" not in found
 
 
 # --------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def a_graphdef_of_an_optimizer_pickles(bridge: ModuleType) -> None:
     state = model.init()
 
     def updated(graphdef: Any) -> Any:
-        own, optimizer = nnx.clone(linear), nnx.merge(graphdef, state)
+        own, optimizer = nnx.clone(linear), nnx.merge(graphdef, state, copy=True)
         optimizer.update(own, jax.tree.map(jnp.ones_like, nnx.state(own, nnx.Param)))
         return nnx.to_pure_dict(nnx.state((own, optimizer)))
 

@@ -91,7 +91,7 @@ _LINEAR = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
             "Pass a flax.linen module",
         ),
         (
-            lambda: bridge.ToNNX(nn.Dense(2).bind({})),
+            lambda: bridge.ToNNX(nn.Dense(2).bind({"params": {"kernel": X}})),
             "Dense",
             "found a bound Linen module, expected an unbound one",
             "unbind",
@@ -558,7 +558,7 @@ def test_init_of_to_linen_without_a_stream_that_its_call_needs() -> None:
         def __call__(self, x: Array) -> Array:
             return x * jax.random.normal(self.rngs.noise(), x.shape)
 
-    with pytest.raises(BridgeError, match="a PRNG stream is missing.*noise"):
+    with pytest.raises(BridgeError, match=r"a PRNG stream is missing.*noise"):
         bridge.to_linen(Draws).init(KEY, X)
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import inspect
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -22,9 +21,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from compare import assert_same
-from flax import core, struct
+from flax import core, nnx, struct
 from flax import linen as nn
-from flax import nnx
 from flax.core import meta
 from flax.nnx import variablelib
 from flax.nnx.bridge import wrappers
@@ -62,6 +60,11 @@ def described(value: Any) -> Any:
         }
     if isinstance(value, meta.AxisMetadata):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        if isinstance(value, flax.nnx.bridge.NNXMeta):
+            # flax 0.12.8 also stores what every Variable must have; 0.12.12 no longer does.
+            required = nnx.Variable.required_metadata
+            own = {key: entry for key, entry in value.metadata.items() if key not in required}
+            fields["metadata"] = own
         return {
             "box": type(value).__qualname__,
             "spec": described(value.get_partition_spec()) if _has_spec(value) else "",
@@ -1366,3 +1369,762 @@ def three_levels_with_nnx_outside(bridge: ModuleType) -> Any:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_it_is_as_with_flax(case: Case) -> None:
     assert_as_flax(case)
+
+
+# --------------------------------------------------------------------------------------
+# sowing modules, where nobody asks for what they sow
+
+
+def _sower(bridge: ModuleType, *, features: int = 3) -> Any:
+    class Sower(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            x = nn.Dense(features)(x)
+            self.sow("intermediates", "h", x)
+            return x
+
+    model = bridge.ToNNX(Sower(), rngs=nnx.Rngs(0)).lazy_init(X)
+    model.to_nnx__rngs = None  # drawing in a closure is refused, whatever is wrapped
+    return model
+
+
+SOWERS: dict[str, Callable[[Any], Any]] = {
+    "a_jit_closes_over": lambda model: jax.jit(lambda x: model(x))(X),
+    "a_gradient_by_inputs_closes_over": lambda model: jax.grad(lambda x: jnp.sum(model(x)))(
+        jnp.asarray(X)
+    ),
+    "a_vmap_over_inputs_closes_over": lambda model: jax.vmap(lambda x: model(x))(jnp.asarray(X)),
+    "nnx_jit_takes": lambda model: nnx.jit(lambda model, x: model(x))(model, X),
+    "nnx_grad_and_remat_take": lambda model: nnx.grad(
+        lambda model: jnp.sum(nnx.remat(lambda model, x: model(x))(model, X))
+    )(model),
+    "nnx_cond_takes": lambda model: nnx.cond(
+        True, lambda model, x: model(x), lambda model, x: x, model, jnp.asarray(X)
+    ),
+    "nnx_fori_loop_takes": lambda model: nnx.fori_loop(
+        0, 2, lambda _, carry: (carry[0], carry[0](carry[1])), (model, jnp.asarray(X))
+    )[1],
+    "nnx_vmap_broadcasts": lambda model: nnx.vmap(
+        lambda model, x: model(x), in_axes=(None, 0)
+    )(model, jnp.asarray(X)),
+    "a_scan_carries_the_state_of": lambda model: _scanned_state(model),
+}  # fmt: skip
+
+
+def _scanned_state(model: Any) -> Array:
+    graphdef, state = nnx.split(model)
+
+    def body(carry: Any, _: None) -> Any:
+        state, x = carry
+        model = nnx.merge(graphdef, state)
+        x = model(x)
+        return (nnx.state(model), x), None
+
+    (_, output), _ = jax.lax.scan(body, (state, jnp.asarray(X)), None, length=2)
+    return output
+
+
+@pytest.mark.parametrize("use", SOWERS)
+def test_outputs_are_those_of_flax_where_a_module_sows_and(use: str) -> None:
+    assert_as_flax(lambda bridge: SOWERS[use](_sower(bridge)))
+
+
+# --------------------------------------------------------------------------------------
+# the face itself
+
+
+def _public() -> dict[str, Any]:
+    names = {k: v for k, v in vars(flax.nnx.bridge).items() if not k.startswith("_")}
+    return {
+        name: value
+        for name, value in names.items()
+        if not inspect.ismodule(value) or name == "initializers"
+    }
+
+
+def test_every_public_name_of_flax_is_exported() -> None:
+    assert set(flax12.__all__) >= set(_public())
+    for name in flax12.__all__:
+        assert hasattr(flax12, name)
+
+
+OWN_OF_FLAX = (
+    "AttrPriority", "Module", "Scope", "compact", "current_context", "current_module",
+    "initializers", "linen_in_bridge_mdl", "nnx_in_bridge_mdl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_OF_FLAX)
+def test_what_linsey_has_no_business_with_is_flax_s_own(name: str) -> None:
+    assert getattr(flax12, name) is getattr(flax.nnx.bridge, name)
+
+
+CALLABLES = [
+    *sorted(name for name, value in _public().items() if callable(value)),
+    "Functional.apply",
+    "Functional.init",
+    "NNXMeta.add_axis",
+    "NNXMeta.get_partition_spec",
+    "NNXMeta.remove_axis",
+    "NNXMeta.replace_boxed",
+    "NNXMeta.to_nnx_variable",
+    "NNXMeta.unbox",
+    "ToLinen.__call__",
+    "ToLinen.apply",
+    "ToLinen.init",
+    "ToNNX.__call__",
+    "ToNNX.lazy_init",
+]
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_the_signature_is_that_of_flax(name: str) -> None:
+    theirs, ours = flax.nnx.bridge, flax12
+    for part in name.split("."):
+        theirs, ours = getattr(theirs, part), getattr(ours, part)
+    assert_signature(ours, theirs)
+
+
+def test_the_signature_of_to_linen_class_is_that_of_flax() -> None:
+    assert_signature(flax12.to_linen_class, wrappers.to_linen_class)
+    theirs, ours = (
+        type("Derived", (make(nnx.Linear),), {})
+        for make in (wrappers.to_linen_class, flax12.to_linen_class)
+    )
+    names = list(inspect.signature(theirs.__init__).parameters)[:6]
+    assert list(inspect.signature(ours.__init__).parameters)[:6] == names
+
+
+def assert_signature(ours: Any, theirs: Any) -> None:
+    """Asserts that what flax takes is taken, in the same way; more may follow."""
+    found, expected = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
+
+    def by_position(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return [name for name, one in parameters.items() if one.kind in kinds]
+
+    assert by_position(found)[: len(by_position(expected))] == by_position(expected)
+    for name, one in expected.items():
+        assert found[name].kind == one.kind
+        if not callable(one.default):  # to_linen_var, of which each has its own
+            assert found[name].default == one.default
+
+
+def test_instances_are_instances_of_the_classes_of_flax() -> None:
+    model = flax12.ToNNX(nn.Dense(2), rngs=nnx.Rngs(0))
+    assert isinstance(model, flax.nnx.bridge.ToNNX)
+    assert isinstance(flax12.to_linen(nnx.Linear, 3, 2), flax.nnx.bridge.ToLinen)
+    assert issubclass(flax12.NNXMeta, flax.nnx.bridge.NNXMeta)
+    assert issubclass(flax12.Functional, flax.nnx.bridge.Functional)
+
+
+# --------------------------------------------------------------------------------------
+# checkpoints
+
+
+class Nested(nnx.Module):
+    def __init__(self, bridge: ModuleType, rngs: nnx.Rngs):
+        self.blocks = nnx.List([bridge.ToNNX(nn.Dense(3), rngs=rngs) for _ in range(2)])
+        self.noisy = bridge.ToNNX(Noisy(), rngs=rngs)
+        self.norm = bridge.ToNNX(nn.BatchNorm(use_running_average=True), rngs=rngs)
+        self.scale = nnx.Param(jax.random.normal(rngs.params(), (8,)))
+
+    def __call__(self, x: Array) -> Array:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(self.noisy(x)) * self.scale
+
+
+def _nested(bridge: ModuleType, seed: int) -> Any:
+    return bridge.lazy_init(Nested(bridge, nnx.Rngs(seed, dropout=seed + 1)), X)
+
+
+BOTH_WAYS = pytest.mark.parametrize(
+    ("writer", "reader"),
+    [(flax.nnx.bridge, flax12), (flax12, flax.nnx.bridge)],
+    ids=["from_flax_to_linsey", "from_linsey_to_flax"],
+)
+
+
+@BOTH_WAYS
+def test_an_orbax_checkpoint_of_a_model_loads(
+    writer: ModuleType, reader: ModuleType, tmp_path: Any
+) -> None:
+    written, model = _nested(writer, 0), _nested(reader, 7)
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(tmp_path / "model", nnx.to_pure_dict(nnx.state(written)))
+    checkpointer.wait_until_finished()
+
+    state = nnx.state(model)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, checkpointer.restore(tmp_path / "model", abstract))
+    nnx.update(model, state)
+    for _ in range(2):
+        assert_same(model(X), written(X))
+    assert_same(described(nnx.state(model)), described(nnx.state(written)))
+
+
+@BOTH_WAYS
+def test_an_orbax_checkpoint_of_an_abstract_model_loads(
+    writer: ModuleType, reader: ModuleType, tmp_path: Any
+) -> None:
+    written = _nested(writer, 0)
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(tmp_path / "state", nnx.split(written)[1])
+    checkpointer.wait_until_finished()
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: _nested(reader, 7)))
+    restored = checkpointer.restore(tmp_path / "state", abstract)
+    model = nnx.merge(graphdef, restored)
+    for _ in range(2):
+        assert_same(model(X), written(X))
+
+
+@BOTH_WAYS
+def test_a_pure_dict_of_a_model_loads(writer: ModuleType, reader: ModuleType) -> None:
+    written, model = _nested(writer, 0), _nested(reader, 7)
+    nnx.update(model, nnx.to_pure_dict(nnx.state(written)))
+    assert_same(model(X), written(X))
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("name", LINEN)
+def test_the_state_of_one_model_is_that_of_the_other(
+    writer: ModuleType, reader: ModuleType, name: str
+) -> None:
+    def run() -> None:
+        written, args, kwargs = wrapped(writer, name)
+        model, _, _ = wrapped(reader, name, nnx.Rngs(7, dropout=8))
+        for one in (written, model):
+            one.lazy_init(*args, **kwargs)
+        nnx.update(model, nnx.state(written))
+        assert_same(model(*args, **kwargs), written(*args, **kwargs))
+
+    in_mesh(lambda _: run())(writer)
+
+
+class HoldsArrays(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(3, 2, rngs=rngs)
+        self.table = jnp.arange(2.0)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear(x) + self.table
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("name", [*NNX, "sharded"])
+def test_linen_variables_of_one_bridge_are_applied_by_the_other(
+    writer: ModuleType, reader: ModuleType, name: str
+) -> None:
+    def run() -> None:
+        (one, inputs), (other, _) = (_to_linen(bridge, name) for bridge in (writer, reader))
+        variables = one.init(KEYS, *inputs)
+        rngs = {"dropout": jax.random.key(2)}
+        expected = one.apply(variables, *inputs, rngs=rngs, mutable=True)
+        found = other.apply(variables, *inputs, rngs=rngs, mutable=True)
+        assert_same(described(nn.unbox(found)), described(nn.unbox(expected)))
+
+    in_mesh(lambda _: run())(writer)
+
+
+def _to_linen(bridge: ModuleType, name: str) -> tuple[Any, tuple[Any, ...]]:
+    return (bridge.to_linen(NnxSharded), (X,)) if name == "sharded" else to_linen(bridge, name)
+
+
+def test_linen_variables_of_flax_with_bare_arrays_are_applied() -> None:
+    expected = flax.nnx.bridge.to_linen(HoldsArrays)
+    with fresh_registry():
+        variables = expected.init(KEY, X)
+        found = flax12.to_linen(HoldsArrays).apply(variables, X)
+        assert_same(found, expected.apply(variables, X))
+
+
+@BOTH_WAYS
+def test_an_orbax_checkpoint_of_linen_variables_loads(
+    writer: ModuleType, reader: ModuleType, tmp_path: Any
+) -> None:
+    (one, inputs), (other, _) = (to_linen(bridge, "mlp") for bridge in (writer, reader))
+    written = one.init(KEY, *inputs)
+    checkpointer = ocp.StandardCheckpointer()
+    checkpointer.save(tmp_path / "variables", written)
+    checkpointer.wait_until_finished()
+    abstract = jax.eval_shape(other.init, jax.random.key(9), *inputs)
+    restored = checkpointer.restore(tmp_path / "variables", abstract)
+    assert_same(other.apply(restored, *inputs), one.apply(written, *inputs))
+
+
+# --------------------------------------------------------------------------------------
+# what is mended: ToNNX
+
+
+def as_pure_linen(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What Linen itself computes, with the values that ToNNX(..., rngs=key 0) has."""
+    variables = module.init(KEY, *args, **kwargs)
+    return module.apply(variables, *args, **kwargs)
+
+
+class SameNameTwice(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.ones, (3, 2))
+        mean = self.variable("ema", "kernel", lambda: jnp.full((3, 2), 2.0))
+        return x @ (kernel + mean.value)
+
+
+def test_two_collections_may_have_a_variable_of_one_path() -> None:
+    model = flax12.ToNNX(SameNameTwice(), rngs=KEY).lazy_init(X)
+    assert_same(model(X), as_pure_linen(SameNameTwice(), X))
+    names = {name: type(getattr(model, name)).__name__ for name in ("kernel", "kernel__ema")}
+    assert names == {"kernel": "Param", "kernel__ema": "ema"}
+    merged = nnx.merge(*nnx.split(model))
+    assert_same(merged(X), model(X))
+    model.kernel__ema[...] *= 0
+    assert_same(model(X), X @ jnp.ones((3, 2)))
+
+
+@pytest.mark.parametrize("name", ["rngs", "module", "lazy_init", "sow", "eval", "train", "scope"])
+def test_a_linen_child_may_be_called(name: str) -> None:
+    class Parent(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return nn.Dense(2, name=name)(x)
+
+    model = flax12.ToNNX(Parent(), rngs=KEY).lazy_init(X)
+    assert_same(model(X), as_pure_linen(Parent(), X))
+    assert_same(nnx.clone(model)(X), model(X))
+    assert len(jax.tree.leaves(nnx.state(model, nnx.Param))) == 2
+
+
+@pytest.mark.parametrize("name", ["rngs", "module", "lazy_init", "sow", "eval", "train", "scope"])
+def test_a_linen_parameter_may_be_called(name: str) -> None:
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return x * self.param(name, nn.initializers.normal(), (3,))
+
+    model = flax12.ToNNX(Scaled(), rngs=KEY).lazy_init(X)
+    model.train()
+    model.eval()
+    assert_same(model(X), as_pure_linen(Scaled(), X))
+    assert_same(nnx.merge(*nnx.split(model))(X), model(X))
+
+
+def test_captured_intermediates_leave_the_call_alone() -> None:
+    model = flax12.ToNNX(nn.Dense(2), rngs=nnx.Rngs(0)).lazy_init(X)
+    y = model(X, mutable=["intermediates"], capture_intermediates=True)
+    assert "__call__" not in vars(model)
+    assert_same(jax.tree.leaves(nnx.state(model, nnx.Intermediate)), [y])
+    assert_same(model(X), y)
+
+
+def test_what_a_call_sows_is_kept_without_mutable_and_does_not_grow() -> None:
+    model = flax12.ToNNX(Sows(), rngs=nnx.Rngs(0)).lazy_init(X)
+    for factor in (1, 2, 3):
+        y = model(factor * X)
+        assert_same(model.h.get_value(), (y,))
+        assert_same(model.penalty.get_value(), jnp.add(0.0, jnp.sum(y**2)))
+
+
+def test_what_a_call_sows_with_mutable_does_not_grow() -> None:
+    model = flax12.ToNNX(Sows(), rngs=nnx.Rngs(0)).lazy_init(X)
+    for factor in (1, 2, 3):
+        y = model(factor * X, mutable=["intermediates", "losses"])
+        assert_same(model.h.get_value(), (y,))
+
+
+def test_batch_norm_trains_with_no_ceremony() -> None:
+    module = nn.BatchNorm(use_running_average=False, momentum=0.5)
+    variables = module.init(KEY, X)
+    model = flax12.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(X)
+    for factor in (1, 2):
+        expected, updates = module.apply(variables, factor * X, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+        assert_same(model(factor * X), expected)
+        assert_same(model.mean.get_value(), variables["batch_stats"]["mean"])
+        assert_same(model.var.get_value(), variables["batch_stats"]["var"])
+
+
+def test_batch_norm_trains_under_jit_and_in_a_step() -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return nn.Dense(2)(nn.BatchNorm(use_running_average=False, momentum=0.5)(x))
+
+    models = [
+        flax12.ToNNX(Net(), rngs=nnx.Rngs(0)).lazy_init(X),
+        flax.nnx.bridge.ToNNX(Net(), rngs=nnx.Rngs(0)).lazy_init(X),
+    ]
+
+    def step(model: Any, **options: Any) -> Any:
+        def loss(model: Any) -> Array:
+            return jnp.sum(model(X, **options) ** 2)
+
+        return nnx.jit(nnx.value_and_grad(loss))(model)
+
+    for _ in range(2):
+        assert_same(described(step(models[0])), described(step(models[1], mutable=["batch_stats"])))
+        assert_same(facts(models[0]), facts(models[1]))
+
+
+def test_equal_models_with_lambdas_compile_once() -> None:
+    traced = []
+
+    @nnx.jit
+    def call(model: Any, x: Array) -> Array:
+        traced.append(x)
+        return model(x)
+
+    for seed in range(3):
+        module = nn.Sequential([nn.Dense(2), lambda x: x * 2])
+        call(flax12.ToNNX(module, rngs=nnx.Rngs(seed)).lazy_init(X), X)
+    assert len(traced) == 1
+
+
+def test_a_stream_that_linen_needs_and_nobody_gave_is_an_error() -> None:
+    model = flax12.ToNNX(Noisy(), rngs=nnx.Rngs(0, dropout=1)).lazy_init(X)
+    with pytest.raises(BridgeError, match="a PRNG stream is missing; there are: none"):
+        model(X, rngs={})
+    with pytest.raises(BridgeError, match="a PRNG stream is missing"):
+        flax12.ToNNX(nn.Dense(2)).lazy_init(X)
+
+
+def test_a_call_before_lazy_init_says_what_to_do() -> None:
+    with pytest.raises(BridgeError, match=r"called before lazy_init(.|\n)*bridge\.lazy_init\("):
+        flax12.ToNNX(nn.Dense(2), rngs=nnx.Rngs(0))(X)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: flax12.ToNNX(nn.Dense), "found the class Dense, expected an instance"),
+        (lambda: flax12.ToNNX(nnx.Linear), "found the class Linear, expected an instance"),
+        (lambda: flax12.to_linen(nn.Dense, 2), "found the class Dense, which is a Linen module"),
+        (lambda: flax12.lazy_init(nnx.Linear, X), "found the class Linear, expected an instance"),
+        (lambda: flax12.lazy_init(3), "found int, which is neither"),
+    ],
+)
+def test_a_mistaken_argument_is_a_typed_error(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(BridgeError, match=message):
+        make()
+
+
+# --------------------------------------------------------------------------------------
+# what is mended: ToLinen
+
+
+class CountsConstructions(nnx.Module):
+    made = 0
+
+    def __init__(self, rngs: nnx.Rngs):
+        type(self).made += 1
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (3, 2)))
+
+    def __call__(self, x: Array) -> Array:
+        return x @ self.kernel
+
+
+@pytest.mark.parametrize("keys", [{}, {"params": KEY}, {"noise": KEY}], ids=str)
+def test_no_initializer_runs_at_apply(keys: Any) -> None:
+    model = flax12.to_linen(CountsConstructions)
+    variables = model.init(KEY, X)
+    program = str(jax.make_jaxpr(lambda v, x: model.apply(v, x, rngs=keys))(variables, X))
+    assert "dot_general" in program
+    assert "random_bits" not in program
+
+
+def test_the_constructor_does_not_run_per_apply() -> None:
+    class Counted(CountsConstructions):
+        made = 0
+
+    model = flax12.to_linen(Counted)
+    variables = model.init(KEY, X)
+    model.apply(variables, X)
+    made = Counted.made
+    for mutable in (False, True, ["params"]):
+        model.apply(variables, X, mutable=mutable)
+    jax.jit(model.apply)(variables, X)
+    flax12.to_linen(Counted).apply(variables, X)
+    assert Counted.made == made
+    assert made <= 2  # the values at init, and the structure, which is kept for the next apply
+
+
+class NeedsValues(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (3, 2)))
+        self.largest = float(jnp.max(jnp.ones(2)) + 0 * self.kernel[0, 0])
+
+    def __call__(self, x: Array) -> Array:
+        return x @ self.kernel * self.largest
+
+
+def test_abstract_init_says_whether_the_structure_is_found_without_values() -> None:
+    variables = flax12.to_linen(NeedsValues).init(KEY, X)
+    concrete = flax12.to_linen(NeedsValues, abstract_init=False)
+    assert_same(concrete.apply(variables, X), X @ variables["params"]["kernel"])
+    seen = []
+
+    class Watched(CountsConstructions):
+        def __init__(self, rngs: nnx.Rngs):
+            super().__init__(rngs)
+            seen.append(isinstance(self.kernel.get_raw_value(), jax.core.Tracer))
+
+    given = {"params": {"kernel": jnp.ones((3, 2))}}
+    flax12.to_linen(Watched, abstract_init=True).apply(given, X)
+    flax12.to_linen(Watched, abstract_init=False).apply(given, X)
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("mutable", [False, True])
+def test_a_stream_that_nnx_needs_and_nobody_gave_is_an_error(mutable: bool) -> None:
+    model = flax12.to_linen(nnx.Dropout, 0.5)
+    variables = model.init(KEYS, X)
+    with pytest.raises(LinseyError, match="no PRNG stream was given"):
+        model.apply(variables, X, mutable=mutable)
+    with pytest.raises(BridgeError, match="a PRNG stream is missing; given: params"):
+        model.init({"params": KEY}, X)
+
+
+def test_no_stream_is_needed_where_dropout_is_off() -> None:
+    model = flax12.to_linen(nnx.Dropout, 0.5)
+    variables = model.init(KEYS, X)
+    assert_same(model.apply(variables, X, deterministic=True), X)
+
+
+def test_a_missing_variable_is_a_typed_error_with_its_path() -> None:
+    model = flax12.to_linen(NnxMlp, 4)
+    variables = model.init(KEY, X)
+    less = {"params": {"first": variables["params"]["first"]}}
+    with pytest.raises(EmitError, match=r"at params/second/\w+: the variable is missing"):
+        model.apply(less, X)
+    with pytest.raises(EmitError, match="the variable is missing"):
+        model.apply({}, X)
+
+
+def test_a_variable_of_another_shape_is_a_typed_error_with_its_path() -> None:
+    model = flax12.to_linen(nnx.Linear, 3, 2)
+    variables = model.init(KEY, X)
+    wrong = {"params": {**variables["params"], "bias": jnp.ones((1,))}}
+    with pytest.raises(EmitError, match=r"at params/bias: found the shape \(1,\), expected"):
+        model.apply(wrong, X)
+
+
+def test_variables_that_no_module_has_are_not_passed_over_in_silence() -> None:
+    model = flax12.to_linen(nnx.Linear, 3, 2)
+    variables = model.init(KEY, X)
+    more = {"params": {**variables["params"], "extra": jnp.ones(2)}}
+    with pytest.warns(UserWarning, match="extra"):
+        output = model.apply(more, X)
+    assert_same(output, model.apply(variables, X))
+
+
+class HoldsLinen(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.blocks = nnx.List([flax12.ToNNX(nn.Dense(3), rngs=rngs) for _ in range(2)])
+        self.head = flax12.ToNNX(Mlp(), rngs=rngs)
+        self.norm = flax12.ToNNX(nn.BatchNorm(False, momentum=0.5), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(self.head(x))
+
+
+def test_to_nnx_inside_to_linen_has_variables_that_count() -> None:
+    model = flax12.to_linen(HoldsLinen)
+    output, variables = model.init_with_output(KEY, X)
+    assert sorted(variables) == ["batch_stats", "params"]
+    assert sorted(variables["params"]) == ["blocks", "head", "norm"]
+    found, updates = model.apply(variables, X, mutable=["batch_stats"])
+    assert_same(found, output)
+    changed = jax.tree.map(jnp.zeros_like, variables["params"])
+    assert not np.any(model.apply({**variables, "params": changed}, X, mutable=True)[0])
+    grads = jax.grad(lambda v: jnp.sum(model.apply(v, X, mutable=True)[0] ** 3))(variables)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(grads["params"]["blocks"]))
+    before, after = variables["batch_stats"], updates["batch_stats"]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert not np.array_equal(before["norm"]["mean"], after["norm"]["mean"])
+
+
+def test_to_nnx_inside_to_linen_inside_linen_inside_to_nnx() -> None:
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return nn.Dense(2)(flax12.to_linen(HoldsLinen, name="inner")(x))
+
+    model = flax12.ToNNX(Outer(), rngs=nnx.Rngs(0)).lazy_init(X)
+    assert sorted(model.inner) == ["blocks", "head", "norm"]
+    variables = Outer().init(jax.random.key(1), X)
+    expected, _ = Outer().apply(variables, X, mutable=["batch_stats"])
+    nnx.update(model, {**variables["params"]})
+    assert_same(model(X), expected)
+
+
+def test_a_child_that_is_called_twice_is_initialised_once() -> None:
+    class Outer(nn.Module):
+        def setup(self) -> None:
+            self.child = flax12.to_linen(nnx.Linear, 3, 3)
+
+        def __call__(self, x: Array) -> Array:
+            return self.child(self.child(x))
+
+    output, variables = Outer().init_with_output(KEY, X)
+    assert_same(Outer().apply(variables, X), output)
+
+
+def test_a_class_keeps_its_own_structure_beside_one_of_its_name() -> None:
+    def make(count: int) -> type[nnx.Module]:
+        class Model(nnx.Module):
+            def __init__(self, rngs: nnx.Rngs):
+                self.layers = nnx.List([nnx.Linear(3, 3, rngs=rngs) for _ in range(count)])
+
+            def __call__(self, x: Array) -> Array:
+                for layer in self.layers:
+                    x = layer(x)
+                return x * count
+
+        return Model
+
+    for count in (1, 2, 3):
+        model = flax12.to_linen(make(count))
+        output, variables = model.init_with_output(KEY, X)
+        assert len(variables["params"]["layers"]) == count
+        assert_same(model.apply(variables, X), output)
+
+
+def test_what_the_constructor_reads_elsewhere_is_not_stale() -> None:
+    class Model(nnx.Module):
+        scale = 1.0
+        width = 2
+
+        def __init__(self, rngs: nnx.Rngs):
+            self.linear = nnx.Linear(3, type(self).width, rngs=rngs)
+            self.scale = type(self).scale
+
+        def __call__(self, x: Array) -> Array:
+            return self.linear(x) * self.scale
+
+    for scale, width in ((1.0, 2), (3.0, 2), (3.0, 4)):
+        Model.scale, Model.width = scale, width
+        model = flax12.to_linen(Model)
+        output, variables = model.init_with_output(KEY, X)
+        assert_same(model.apply(variables, X), output)
+
+
+def test_a_numpy_attribute_is_no_obstacle() -> None:
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.linear = nnx.Linear(3, 2, rngs=rngs)
+            self.table = np.arange(2.0, dtype=np.float32)
+
+        def __call__(self, x: Array) -> Array:
+            return self.linear(x) + self.table
+
+    model = flax12.to_linen(Model)
+    output, variables = model.init_with_output(KEY, X)
+    assert_same(model.apply(variables, X), output)
+
+
+def test_a_hook_on_reading_a_variable_runs_once_per_reading() -> None:
+    class Doubled(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.w = nnx.Param(jnp.ones((3,)), on_get_value=lambda variable, value: value * 2)
+
+        def __call__(self, x: Array) -> Array:
+            return x * self.w[...]
+
+    model = flax12.to_linen(Doubled)
+    expected = Doubled(nnx.Rngs(0))(X)
+    output, variables = model.init_with_output(KEY, X)
+    for _ in range(2):
+        assert_same(output, expected)
+        output, variables = model.apply(variables, X, mutable=True)
+
+
+def test_the_class_of_to_linen_class_can_be_called_itself() -> None:
+    Linear = flax12.to_linen_class(nnx.Linear, out_features=2)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return Linear(in_features=2, name="b")(Linear((3,), {"use_bias": False}, name="a")(x))
+
+    expected = flax12.to_linen(nnx.Linear, 3, 2).init(KEY, X)
+    assert_same(Linear(in_features=3).init(KEY, X), expected)
+    shapes = jax.tree.map(jnp.shape, Outer().init(KEY, X)["params"], is_leaf=nnx.is_array_ref)
+    assert shapes == {"a": {"kernel": (3, 2)}, "b": {"bias": (2,), "kernel": (2, 2)}}
+
+
+# --------------------------------------------------------------------------------------
+# what is mended: partitions
+
+
+def test_nnx_meta_names_the_axis_that_a_transform_adds_and_removes() -> None:
+    box = flax12.NNXMeta(nnx.Param, jnp.ones((3, 2)), {"out_sharding": ("in", "out")})
+    added = box.add_axis(0, {nn.PARTITION_NAME: "layers"})
+    assert added.metadata["out_sharding"] == ("layers", "in", "out")
+    assert added.get_partition_spec() == jax.sharding.PartitionSpec("layers", "in", "out")
+    assert added.remove_axis(0, {nn.PARTITION_NAME: "layers"}).metadata == box.metadata
+    last = box.add_axis(2, {nn.PARTITION_NAME: None})
+    assert last.metadata["out_sharding"] == ("in", "out", None)
+
+
+@pytest.mark.parametrize("lift", ["vmap", "scan"])
+def test_stacked_layers_have_the_partitions_of_pure_linen(lift: str) -> None:
+    class Layer(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("in", "out"))
+            self.kernel = nnx.Param(init(rngs.params(), (3, 3)))
+
+        def __call__(self, x: Array, _: Any = None) -> Any:
+            return x @ self.kernel if lift == "vmap" else (x @ self.kernel, None)
+
+    class LinenLayer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, _: Any = None) -> Any:
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+            y = x @ self.param("kernel", init, (3, 3))
+            return y if lift == "vmap" else (y, None)
+
+    class Stack(nn.Module):
+        layer: Any
+        args: tuple[Any, ...]
+
+        @nn.compact
+        def __call__(self, x: Array) -> Any:
+            options: dict[str, Any] = {
+                "variable_axes": {"params": 0},
+                "split_rngs": {"params": True},
+                "metadata_params": {nn.PARTITION_NAME: "layers"},
+            }
+            if lift == "vmap":
+                options |= {"in_axes": None, "axis_size": 2}
+                return nn.vmap(self.layer, **options)(*self.args, name="layers")(x)
+            stacked = nn.scan(self.layer, length=2, **options)
+            return stacked(*self.args, name="layers")(x, None)[0]
+
+    with jax.set_mesh(_mesh("layers", "in", "out")):
+        models = [Stack(flax12.ToLinen, (Layer,)), Stack(LinenLayer, ())]
+        specs = [nn.get_partition_spec(model.init(KEY, X)) for model in models]
+        shapes = jax.eval_shape(models[0].init, KEY, X)
+        assert nn.get_partition_spec(shapes) == specs[1]
+    assert specs[0] == specs[1]
+    kernel = specs[0]["params"]["layers"]["kernel"]
+    assert kernel == jax.sharding.PartitionSpec("layers", "in", "out")
+
+
+def test_shapes_of_partitioned_parameters_under_a_mesh() -> None:
+    with jax.set_mesh(_mesh("in", "out")):
+        shapes = jax.eval_shape(flax12.to_linen(NnxSharded).init, KEY, X)
+        spec = nn.get_partition_spec(shapes)["params"]["kernel"]
+    assert nn.unbox(shapes)["params"]["kernel"].shape == (3, 2)
+    assert spec == jax.sharding.PartitionSpec("in", "out")
+
+
+def test_annotated_parameters_need_no_mesh() -> None:
+    variables = flax12.to_linen(NnxSharded).init(KEY, X)
+    spec = nn.get_partition_spec(variables)["params"]["kernel"]
+    assert spec == jax.sharding.PartitionSpec("in", "out")
+    model = flax12.ToNNX(Partitioned(), rngs=nnx.Rngs(0)).lazy_init(X)
+    assert model.Dense_0["kernel"].out_sharding == ("in", "out")
+    assert_same(model(X), as_pure_linen(Partitioned(), X))

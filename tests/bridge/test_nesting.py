@@ -1,7 +1,7 @@
 """Wrappers inside wrappers give bit for bit what the same layers give without any.
 
-The twin of a nested model is written in one API alone, and has the same weights. Both are run alike:
-both as they are, or both under jit.
+The twin of a nested model is written in one API alone, and has the same weights. Both are run
+alike: both as they are, or both under jit.
 """
 
 from collections.abc import Callable
@@ -385,6 +385,26 @@ def test_to_linen_of_a_list_of_to_nnx_is_its_twin(jit: bool) -> None:
     assert_same(flat(grads), expected_grads)
 
 
+class HoldsGiven(nnx.Module):
+    def __init__(self, module: nn.Module, rngs: nnx.Rngs):
+        self.linen = bridge.ToNNX(module, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linen(x)
+
+
+def test_a_linen_module_made_in_a_method_may_be_handed_down() -> None:
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return bridge.to_linen(HoldsGiven, nn.Dense(2), name="holds")(x)
+
+    variables = Outer().init(KEY, X)
+    assert sorted(variables["params"]) == ["holds"]
+    params = nn.unbox(variables["params"])["holds"]["linen"]["params"]
+    assert_same(Outer().apply(variables, X), nn.Dense(2).apply({"params": params}, X))
+
+
 # --------------------------------------------------------------------------------------
 # wrappers that are used twice
 
@@ -626,7 +646,6 @@ def test_every_level_of_a_tower_draws_its_own_mask() -> None:
     first, second = model(ONES), model(ONES)
     masks = [np.asarray(mask).tobytes() for mask in (*first, *second)]
     assert len(set(masks)) == 6
-    nnx.reseed(model, dropout=1)
 
 
 # --------------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ def current_scope() -> Any:
     return stack[-1].scope if stack and stack[-1] is not None else None
 
 
+def unbound(module: linen.Module) -> linen.Module:
+    """A copy of a Linen module, and of those in its fields, that is no child of another."""
+    copy: linen.Module = module.clone(parent=None, name=None, _deep_clone=True)
+    return copy
+
+
 def init_onto(
     module: linen.Module,
     variables: Mapping[str, Any],

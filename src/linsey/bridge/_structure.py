@@ -50,14 +50,9 @@ class Structure:
     ) -> Any:
         """Calls a method on the variables of a bound module; see `Hosting.run`."""
         if self.is_stored:
+            around, box = module.linsey_around, module._box
             return self.hosting.run(
-                module,
-                method,
-                args,
-                kwargs,
-                box=module._box,
-                built=module.linsey_note,
-                strict=False,
+                module, method, args, kwargs, box=box, around=around, strict=False
             )
         return self._inner.call(module, args, {**kwargs, "nnx_method": method})
 

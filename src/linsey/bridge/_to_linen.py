@@ -9,7 +9,7 @@ from flax import core, linen, nnx
 
 from linsey import _boxes
 from linsey.backends import HostSpec
-from linsey.backends.linen import GraphDef, Hosting, plain_call
+from linsey.backends.linen import GraphDef, Hosting, detached
 from linsey.bridge._wrapped_nnx import WrappedNNX
 from linsey.frontends.nnx import read_module
 from linsey.ir import BridgeError, format_path
@@ -86,7 +86,7 @@ class ToLinen(WrappedNNX):
             args,
             kwargs,
             box=self._box,
-            built=self.linsey_note,
+            around=self.linsey_around,
             restructured=self._restructured,
             strict=False,
         )
@@ -94,13 +94,11 @@ class ToLinen(WrappedNNX):
     @linen.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls a method; see ``linen.Module.apply``."""
-        call = plain_call(self, ToLinen, kwargs)
-        stored = variables.get(GRAPH_COLLECTION) if isinstance(variables, Mapping) else None
-        if call is None or stored is None or GRAPHDEF not in stored:
+        call = detached(self, ToLinen, variables, kwargs)
+        if call is None or call.variables.is_mutable_collection(GRAPH_COLLECTION):
             return super().apply(variables, *args, **kwargs)
-        method = call.pop("nnx_method", kwargs.get("method"))
-        hosting = Hosting.of(_spec(stored[GRAPHDEF], ()))
-        return hosting.plain(variables, method, args, call)
+        spec = _spec(call.variables.get_variable(GRAPH_COLLECTION, GRAPHDEF), ())
+        return call(Hosting.of(spec), args, box=self._box, strict=False)
 
     @linen.nowrap
     def _store_graphdef(self, graphdef: GraphDef) -> None:
@@ -135,7 +133,7 @@ def _spec(graphdef: Any, where: tuple[str, ...]) -> HostSpec:
         f"found {found}, expected the graphdef that init stored",
         path=format_path((GRAPH_COLLECTION, *where, GRAPHDEF)),
         fix="Pass all the variables that init returned. A lifted transform must pass them on too:"
-        " variable_axes={'params': 0, 'nnx': None}.",
+        " variable_axes={'params': 0, 'nnx': None}, or variable_broadcast='nnx' for nn.scan.",
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import linen, nnx
 
 from linsey import _boxes, _trees
 from linsey._collections import kind_of_collection
 from linsey.bridge import _private
 from linsey.bridge._wrapped_linen import HELD, WrappedLinen, renewed
-from linsey.ir import BridgeError, Path, format_path
+from linsey.ir import BridgeError, LinseyError, Path, format_path
 
 _SUFFIX = "__collection"
 
@@ -125,15 +124,15 @@ def _attribute(collection: str) -> str:
 def _streams(rngs: Any) -> nnx.Rngs | None:
     if rngs is None or isinstance(rngs, nnx.Rngs):
         return None if rngs is None else rngs.fork()
-    if isinstance(rngs, Mapping):
-        return nnx.Rngs(**rngs)
-    if isinstance(rngs, int | jax.Array):
-        return nnx.Rngs(params=rngs)
-    raise BridgeError(
-        f"found {type(rngs).__name__} for PRNG streams",
-        path="rngs",
-        fix="Pass an nnx.Rngs, an int seed, a jax key, or a dict of these by stream.",
-    )
+    try:
+        keys = dict(rngs) if isinstance(rngs, Mapping) else _trees.key_dict(rngs)
+        return nnx.Rngs(**keys)
+    except (LinseyError, ValueError) as error:
+        raise BridgeError(
+            f"found {type(rngs).__name__} for PRNG streams",
+            path="rngs",
+            fix="Pass an nnx.Rngs, an int seed, a jax key, or a dict of these by stream.",
+        ) from error
 
 
 def _values(tree: Any, path: Path) -> Any:

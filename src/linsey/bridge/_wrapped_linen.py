@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from linsey import _boxes, _trees
 from linsey._collections import unboxed
 from linsey.bridge import _lazy, _private
 from linsey.bridge._held import HeldModule
+from linsey.bridge._mode import setting, with_mode
 from linsey.frontends import watched_call
 from linsey.ir import BridgeError, Path
 from linsey.ir.reserved import GRAPH_COLLECTION
@@ -51,6 +51,9 @@ class WrappedLinen(bridge.ToNNX):
 
     def _hold(self, module: Any) -> None:
         if isinstance(module, linen.Module):
+            if module.scope is not None and not module.variables:
+                # Made inside a Linen method, which makes it a child there; it is not meant as one.
+                module = _private.unbound(module)
             if module.scope is not None:
                 raise BridgeError(
                     "found a bound Linen module, expected an unbound one",
@@ -110,10 +113,19 @@ class WrappedLinen(bridge.ToNNX):
         raise self._unknown(name)
 
     def _unknown(self, name: str) -> AttributeError:
-        described = "ToNNX" if HELD not in vars(self) else f"ToNNX({self._name()})"
-        shown = [key for key in vars(self) if not key.startswith(("_", "to_nnx__"))]
-        has = f"it has {', '.join(sorted(shown))}" if shown else "it has none yet"
-        return AttributeError(f"{described} has no collection, attribute or method {name!r}; {has}")
+        if HELD not in vars(self):
+            return AttributeError(f"ToNNX has no attribute {name!r}")
+        shown = sorted(
+            key
+            for key, value in vars(self).items()
+            if value is not None and not key.startswith(("_", "to_nnx__"))
+        )
+        has = f"it has {', '.join(shown) or 'nothing'}"
+        if not any(self._variables().values()):
+            has = "it has no variables yet: call bridge.lazy_init(model, ...) first"
+        return AttributeError(
+            f"ToNNX({self._name()}) has no collection, attribute or method {name!r}; {has}"
+        )
 
     def _name(self) -> str:
         return type(self.to_nnx__module).__name__
@@ -161,9 +173,9 @@ class WrappedLinen(bridge.ToNNX):
     def _call(self, *args: Any, rngs: Any, method: Any, mutable: Any, **kwargs: Any) -> Any:
         keys = self._own_keys() if rngs is None else _trees.key_dict(rngs)
         mode = dict(vars(self)[_MODE])
-        kwargs = _with_mode(self.to_nnx__module, method, mode, args, kwargs) if mode else kwargs
+        kwargs = with_mode(self.to_nnx__module, method, mode, args, kwargs) if mode else kwargs
         try:
-            with linen.intercept_methods(_setting(mode)) if mode else contextlib.nullcontext():
+            with setting(mode) if mode else contextlib.nullcontext():
                 if _private.is_initializing(self):
                     return self._init(keys, method, args, kwargs)
                 return self._apply(keys, method, mutable, args, kwargs)
@@ -290,44 +302,3 @@ def _without(tree: Any, path: Path) -> Any:
         return tree
     rest = {name: value for name, value in tree.items() if name != path[0]}
     return rest if len(path) == 1 else {**rest, path[0]: _without(tree[path[0]], path[1:])}
-
-
-def _with_mode(
-    module: linen.Module, method: Any, mode: Mapping[str, Any], args: Any, kwargs: Any
-) -> dict[str, Any]:
-    """The keyword arguments, with those of ``train()`` and ``eval()`` that the method takes."""
-    name = method or "__call__"
-    function = getattr(type(module), name) if isinstance(name, str) else name
-    try:
-        bound = inspect.signature(function).bind_partial(module, *args)
-    except TypeError:
-        return dict(kwargs)  # the call itself says what is wrong with them
-    taken = inspect.signature(function).parameters
-    wanted = {k: v for k, v in mode.items() if k in taken and k not in bound.arguments}
-    return {**wanted, **kwargs}
-
-
-def _setting(mode: Mapping[str, Any]) -> Any:
-    """An interceptor under which Linen modules have the fields that a mode sets.
-
-    What a call says goes before it, as in NNX.
-    """
-
-    def intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        fields = getattr(type(module), "__dataclass_fields__", {})
-        taken = inspect.signature(context.orig_method).parameters if fields else {}
-        names = list(taken)
-        said = {name for name, value in kwargs.items() if value is not None}
-        said.update(name for name, value in zip(names, args, strict=False) if value is not None)
-        wanted = {k: v for k, v in mode.items() if k in fields and k not in said}
-        before = {name: getattr(module, name) for name in wanted}
-        for name, value in wanted.items():
-            object.__setattr__(module, name, value)
-        try:
-            return run(*args, **kwargs)
-        finally:
-            for name, value in before.items():
-                object.__setattr__(module, name, value)
-
-    return intercept

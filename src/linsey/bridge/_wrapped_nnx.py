@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from linsey._collections import register
 from linsey.backends import HostSpec, no_parent
 from linsey.backends.linen import Hosting
 from linsey.bridge import _lazy
+from linsey.bridge._mode import current_mode
 from linsey.frontends.nnx import parameters_of, read_module
 from linsey.ir import RNG_COLLECTIONS, BridgeError, format_path
 
@@ -28,9 +30,27 @@ class WrappedNNX(bridge.ToLinen):
         return self.__dict__.get("_linsey_made")
 
     @linen.nowrap
-    def linsey_note(self, made: nnx.Module) -> None:
-        """Keeps the NNX module that this call made."""
+    @contextlib.contextmanager
+    def linsey_around(self, made: nnx.Module) -> Iterator[None]:
+        """The context of one call of the NNX module, given to what runs it.
+
+        Keeps the module for a frontend, and sets the mode of the ToNNX around, if there is one.
+        """
         object.__setattr__(self, "_linsey_made", made)
+        mode = current_mode()
+        if not mode or not isinstance(made, nnx.Module):
+            yield
+            return
+        before = [
+            (part, name, getattr(part, name))
+            for _, part in nnx.iter_modules(made)
+            for name in mode
+            if hasattr(part, name)
+        ]
+        made.set_attributes(**mode, raise_if_not_found=False)
+        yield
+        for part, name, value in before:
+            setattr(part, name, value)
 
     def __post_init__(self) -> None:
         _check(self.nnx_class, self.args, self.kwargs)
@@ -43,9 +63,16 @@ class WrappedNNX(bridge.ToLinen):
             kwargs = self.__dict__.get("kwargs") or {}
             if name in kwargs:
                 return kwargs[name]
-            if callable(getattr(_class_of(make), name, None)):
+            cls = _made_class(make)
+            if callable(getattr(cls, name, None)):
                 # A bound method, so that `apply(method=...)` can bind it to another scope.
                 return types.MethodType(functools.partial(_call_method, name), self)
+            if cls is None:
+                raise AttributeError(
+                    f"{type(self).__name__} has no attribute {name!r}, and which methods the NNX"
+                    f" module has is not known before it is made. Pass nnx_method={name!r}, or say"
+                    " what the factory returns: def make(rngs) -> Model"
+                )
         return linen.Module.__getattr__(self, name)
 
     @linen.nowrap
@@ -63,11 +90,13 @@ class WrappedNNX(bridge.ToLinen):
         """
         assert self.scope is not None
         made = _construct(self)
-        output = _initial_call(made, method, args, kwargs, self.path)
+        where = format_path(self.path) or _class_of(self.nnx_class).__name__
+        with _explaining(where, self.scope.rngs):
+            output = _initial_call(made, method, args, kwargs)
         graph, values = read_module(made)
         spec = HostSpec(graph, graph.root)
         self._store(made, spec, values)
-        self.linsey_note(made)
+        object.__setattr__(self, "_linsey_made", made)
         return output, spec, made
 
     @linen.nowrap
@@ -101,6 +130,19 @@ def _call_method(name: str, module: WrappedNNX, *args: Any, **kwargs: Any) -> An
 
 def _class_of(make: Any) -> Any:
     return make if isinstance(make, type) else type(make)
+
+
+def _made_class(make: Any) -> Any:
+    """The class of what a class, a module or a factory makes; None where nothing tells."""
+    if isinstance(make, type | nnx.Pytree):
+        return _class_of(make)
+    make = getattr(make, "func", make)
+    if isinstance(make, type):
+        return make
+    try:
+        return typing.get_type_hints(make).get("return")
+    except Exception:  # names that cannot be resolved
+        return None
 
 
 def _check(make: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -199,18 +241,19 @@ def _explaining(where: str, keys: Mapping[str, Any]) -> Iterator[None]:
     """Says what to do when an ``nnx.Rngs`` has no such stream."""
     try:
         yield
-    except AttributeError as error:
-        if "No RngStream named" not in str(error):
+    except (AttributeError, KeyError) as error:
+        told = str(error.args[0]) if error.args else ""
+        if "No RngStream named" not in told:
             raise
         given = ", ".join(sorted(keys)) or "none"
         raise BridgeError(
-            f"a PRNG stream is missing; given: {given}. {error}",
+            f"a PRNG stream is missing; given: {given}. {told}",
             path=where,
             fix="Pass a key for it to init, as in init({'params': key, 'dropout': key2}, x).",
         ) from error
 
 
-def _initial_call(made: Any, method: Any, args: Any, kwargs: Mapping[str, Any], where: Any) -> Any:
+def _initial_call(made: Any, method: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """What the first call of a new module returns.
 
     The module stays as it was, but for each ToNNX in it, which gets its variables.
@@ -222,7 +265,7 @@ def _initial_call(made: Any, method: Any, args: Any, kwargs: Mapping[str, Any], 
         if isinstance(own, bridge.ToNNX)
     ]
     function = getattr(work, method or "__call__") if isinstance(method, str | None) else method
-    with _lazy.initializing(work), _explaining(format_path(where), {}):
+    with _lazy.initializing(work):
         if function is method:
             output = function(work, *args, **kwargs)
         else:

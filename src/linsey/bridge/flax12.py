@@ -34,7 +34,7 @@ from flax.nnx.bridge import (
 from linsey import _boxes, _trees
 from linsey._boxes import NNXMeta
 from linsey._collections import collection_of, kind_of_collection
-from linsey.backends.linen import plain_call
+from linsey.backends.linen import detached
 from linsey.bridge._functional import Functional, functional
 from linsey.bridge._lazy import lazy_init
 from linsey.bridge._registry import with_partitioning
@@ -251,12 +251,11 @@ class ToLinen(WrappedNNX):
     @linen.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls a method; see ``linen.Module.apply``."""
-        call = plain_call(self, ToLinen, kwargs)
-        if call is not None and isinstance(variables, Mapping):
+        call = detached(self, ToLinen, variables, kwargs)
+        if call is not None:
             structure = structure_of(self, variables)
             if structure.is_stored:
-                method = call.pop("nnx_method", kwargs.get("method"))
-                return structure.hosting.plain(variables, method, args, call)
+                return call(structure.hosting, args, box=self._box, strict=False)
         return super().apply(variables, *args, **kwargs)
 
     @linen.nowrap
