@@ -179,13 +179,13 @@ def _to_linen(
     native = make(width, rngs=nnx.Rngs(0))
     _fill(native, variables["ours"])
 
-    def apply(name: str, values: Any, x: Any) -> Any:
+    def apply(name: str, values: Any, x: Any, key: Any = _KEYS["dropout"]) -> Any:
         options: dict[str, Any] = {}
         is_stored = name == "ours" and not with_rngs
         if train:
             options["mutable"] = ["batch_stats", "RngCount"] if is_stored else ["batch_stats"]
             if not is_stored:
-                options["rngs"] = {"dropout": _KEYS["dropout"]}
+                options["rngs"] = {"dropout": key}
         return models[name].apply(values, x, **kwargs, **options)
 
     def eager(name: str) -> Callable[[], Any]:
@@ -200,13 +200,15 @@ def _to_linen(
         elif not with_rngs:  # other keys make other masks
             harness.assert_equal(calls["ours"]()[0], expected)
 
-    def reseeded(model: Any, x: Any) -> Any:
-        nnx.reseed(model, dropout=_KEYS["dropout"])
+    keys = [_KEYS["dropout"]] if with_rngs else []
+
+    def reseeded(model: Any, x: Any, key: Any) -> Any:
+        nnx.reseed(model, dropout=key)
         return model(x, **kwargs)
 
     if not trace:
         if with_rngs:
-            calls["by hand"] = lambda: reseeded(native, x)
+            calls["by hand"] = lambda: reseeded(native, x, *keys)
         return _case(calls, lambda: native(x, **kwargs), check, EAGER)
     graphdef, state = nnx.split(native)
 
@@ -215,16 +217,18 @@ def _to_linen(
         y = model(x, **kwargs)
         return (y, nnx.state(model)) if train else y
 
-    def call_reseeded(state: Any, x: Any) -> Any:
+    def call_reseeded(state: Any, x: Any, key: Any) -> Any:
         model = nnx.merge(graphdef, state)
-        return reseeded(model, x), nnx.state(model)
+        return reseeded(model, x, key), nnx.state(model)
 
     def traced(name: str) -> Callable[[], Any]:
-        return lambda: _trace(lambda v, x: apply(name, v, x), variables[name], x)
+        return lambda: _trace(
+            lambda v, x, *keys: apply(name, v, x, *keys), variables[name], x, *keys
+        )
 
     traces = {name: traced(name) for name in _FACES}
     if with_rngs:
-        traces["by hand"] = lambda: _trace(call_reseeded, state, x)
+        traces["by hand"] = lambda: _trace(call_reseeded, state, x, *keys)
     return _case(traces, lambda: _trace(call_native, state, x), check, TRACE)
 
 

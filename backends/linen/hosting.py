@@ -11,6 +11,7 @@ from flax.core import meta
 from flax.core.scope import in_filter
 
 from linsey import _trees
+from linsey._collections import EPHEMERAL
 from linsey._places import stored_path
 from linsey.backends import _private
 from linsey.backends._spec import HostSpec
@@ -73,6 +74,11 @@ class Detached:
         self._drawn[name] = self._drawn.get(name, 0) + 1
         return _private.folded(self.rngs[name], self._drawn[name])
 
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        """The variables as they were given."""
+        return self._variables
+
     def updates(self) -> dict[str, Any]:
         """The mutable collections after the call."""
         known = {**self._variables, **self._changed}
@@ -98,6 +104,11 @@ class Hosting:
         self._known = {path for slot in spec.graph.slots for path in slot.paths}
         self._known.update(self._plan.slots.values())
         self._collections = {str(place[0]) for place in self.places.values()}
+        self._names: dict[str, Any] = {}
+        for place in self.places.values():
+            holder = self._names
+            for name in place:
+                holder = holder.setdefault(name, {})
         self._streams = {s.name for s in spec.graph.streams if s.derivation == "count"}
 
     @staticmethod
@@ -109,6 +120,10 @@ class Hosting:
         """The Variable, or the bare array, of a slot in objects of this structure."""
         return value_at(made, self._plan.slots[slot])
 
+    def has(self, path: Path) -> bool:
+        """Whether the module was made with a variable at an attribute path."""
+        return path in self._known
+
     def is_stored(self, module: linen.Module, *, with_streams: bool = True) -> bool:
         """Whether the scope of a bound Linen module holds all the variables."""
         return all(
@@ -117,6 +132,24 @@ class Hosting:
             for place in self.places.values()
             if with_streams or place[0] not in RNG_COLLECTIONS
         )
+
+    def unknown(self, variables: Mapping[str, Any]) -> Path | None:
+        """A variable that the module does not have, in a collection that it has, or None.
+
+        What calls make anew is left out: ``intermediates``, ``cache``, ``perturbations``.
+        """
+
+        def first(tree: Any, names: Mapping[Any, Any], path: Path) -> Path | None:
+            if not names or not isinstance(tree, Mapping):
+                return None
+            for name in tree.keys() - names.keys():
+                return (*path, name)
+            found = (first(tree[name], names[name], (*path, name)) for name in tree)
+            return next((path for path in found if path is not None), None)
+
+        collections = (name for name in variables if name in self._names and name not in EPHEMERAL)
+        found = (first(variables[name], self._names[name], (name,)) for name in collections)
+        return next((path for path in found if path is not None), None)
 
     def run(
         self,
@@ -162,13 +195,16 @@ class Hosting:
         if not module.is_mutable_collection("RngCount"):
             self._check_streams(made, called, scope.path, replaced)
         if scope.mutable is not False:
-            after = self._plan.read(made, called, strict=strict)
+            after, changes = self._plan.read_changes(made, called)
+            if changes and strict:
+                raise changes[0]
             for slot in replaced:  # the stored streams stay when a call brings keys of its own
                 after[slot] = values[slot]
             self._store(module, values, after)
-            self._store_new(module, made, box)
-            if restructured is not None and self._plan.has_changed(made):
-                restructured(made)
+            if changes or self._plan.has_grown(made):
+                self._store_new(module, made, box)
+                if restructured is not None:
+                    restructured(made)
         return output
 
     def _given(self, scope: Any) -> list[str]:
@@ -240,7 +276,7 @@ class Hosting:
             module.put_variable(collection, top, old)
 
     def _store_new(self, module: linen.Module | Detached, made: Any, box: Box) -> None:
-        for collection, tree in new_state(self._plan, made, self._known, box).items():
+        for collection, tree in new_state(made, self._known, box).items():
             if module.is_mutable_collection(collection):
                 for name, value in tree.items():
                     if collection in self._collections:

@@ -259,16 +259,15 @@ class Plan:
         Raises:
             EmitError: the call changed the structure: an attribute went, or a static one changed.
         """
-        out = list(values)
-        for change in self._read(self.root, obj, out, set(), ()):
-            if strict:
-                raise change
+        out, changes = self.read_changes(obj, values)
+        if changes and strict:
+            raise changes[0]
         return out
 
-    def has_changed(self, obj: Any) -> bool:
-        """Whether a call changed the structure: an attribute came or went, or a static changed."""
-        values: list[Any] = [None] * len(self.graph.slots)
-        return self.has_grown(obj) or any(self._read(self.root, obj, values, set(), ()))
+    def read_changes(self, obj: Any, values: Sequence[Any]) -> tuple[list[Any], list[EmitError]]:
+        """As `read`, with what changed of the structure but for attributes that are new."""
+        out = list(values)
+        return out, list(self._read(self.root, obj, out, set(), ()))
 
     def has_grown(self, obj: Any) -> bool:
         """Whether any of the objects has attributes that it was not built with."""

@@ -104,7 +104,6 @@ def _typed(key: Any) -> Any:
 
 
 def new_state(
-    plan: Plan,
     module: Any,
     known: set[Path],
     box: Callable[[nnx.Variable[Any]], Any] = nnx.Variable.get_raw_value,
@@ -112,14 +111,11 @@ def new_state(
     """The Variables that a call made, as nested dicts by collection.
 
     Args:
-        plan: what the module was built by.
         module: the module.
         known: the paths of the graph's slots.
         box: what becomes of a Variable.
     """
     extra: dict[str, Any] = {}
-    if not plan.has_grown(module):
-        return extra
     for path, leaf in nnx.to_flat_state(nnx.state(module)):
         if path in known or not isinstance(leaf, nnx.Variable):
             continue
@@ -169,7 +165,9 @@ class NNXRunner:
                 new if _allows(mutable, slot.collection) else old
                 for slot, old, new in zip(self._graph.slots, arrays, after, strict=True)
             ]
-        return Called(output=output, arrays=after, extra=new_state(self._plan, module, self._known))
+        grown = self._plan.has_grown(module)
+        extra = new_state(module, self._known) if grown else {}
+        return Called(output=output, arrays=after, extra=extra)
 
 
 def _allows(mutable: Any, collection: str) -> bool:

@@ -107,6 +107,12 @@ def fresh_registry() -> Iterator[None]:
         variablelib.VariableTypeCache.update(saved)
 
 
+@pytest.fixture
+def _registry() -> Iterator[None]:
+    with fresh_registry():
+        yield
+
+
 def assert_as_flax(case: Case) -> None:
     results = []
     for bridge in (flax.nnx.bridge, flax12):
@@ -308,36 +314,16 @@ def test_a_linen_module_has_the_values_outputs_and_gradients_of_flax(name: str) 
         seen = [facts(model)]
         model.lazy_init(*args, **kwargs)
         seen.append(facts(model))
-        for _ in range(2):
-            seen += [model(*args, **kwargs), facts(model)]
+        seen += [model(*args, **kwargs), facts(model)]
 
         def loss(model: Any) -> Array:
             return jnp.sum(model(*args, **kwargs).astype(jnp.float32) ** 2)
 
         value, gradients = nnx.value_and_grad(loss)(model)
-        return [*seen, value, gradients, facts(model)]
-
-    assert_as_flax(in_mesh(case) if name == "partitioned" else case)
-
-
-@pytest.mark.parametrize("name", LINEN)
-def test_a_linen_module_may_change_everything_as_with_flax(name: str) -> None:
-    def case(bridge: ModuleType) -> Any:
-        model, args, kwargs = wrapped(bridge, name)
-        bridge.lazy_init(model, *args, **kwargs)
-        return [model(*args, mutable=True, **kwargs), facts(model)]
-
-    assert_as_flax(in_mesh(case) if name == "partitioned" else case)
-
-
-@pytest.mark.parametrize("name", LINEN)
-def test_a_split_and_merged_model_is_the_model_of_flax(name: str) -> None:
-    def case(bridge: ModuleType) -> Any:
-        model, args, kwargs = wrapped(bridge, name)
-        model.lazy_init(*args, **kwargs)
+        seen += [value, gradients, facts(model)]
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         merged = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf * 2, params), rest)
-        return [params, rest, merged(*args, **kwargs), facts(merged), facts(nnx.clone(model))]
+        return [*seen, params, merged(*args, mutable=True, **kwargs), facts(merged)]
 
     assert_as_flax(in_mesh(case) if name == "partitioned" else case)
 
@@ -573,7 +559,7 @@ def the_wrapped_module_and_its_streams_are_attributes(bridge: ModuleType) -> Any
 @same
 def the_old_names_of_both_warn(bridge: ModuleType) -> Any:
     model = bridge.ToNNX(nn.Dense(2), rngs=nnx.Rngs(0))
-    with pytest.warns(DeprecationWarning) as caught:
+    with pytest.warns(DeprecationWarning, match="is deprecated. Please use") as caught:
         found = [model.module is model.to_nnx__module, model.rngs is model.to_nnx__rngs]
     return [found, [str(one.message) for one in caught], [one.category for one in caught]]
 
@@ -1491,8 +1477,7 @@ def test_the_signature_of_to_linen_class_is_that_of_flax() -> None:
         type("Derived", (make(nnx.Linear),), {})
         for make in (wrappers.to_linen_class, flax12.to_linen_class)
     )
-    names = list(inspect.signature(theirs.__init__).parameters)[:6]
-    assert list(inspect.signature(ours.__init__).parameters)[:6] == names
+    assert_signature(ours.__init__, theirs.__init__)
 
 
 def assert_signature(ours: Any, theirs: Any) -> None:
@@ -1501,10 +1486,15 @@ def assert_signature(ours: Any, theirs: Any) -> None:
 
     def by_position(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return [name for name, one in parameters.items() if one.kind in kinds]
+        names = [name for name, one in parameters.items() if one.kind in kinds]
+        # Linen puts the last two after all fields of a class; they are given by keyword.
+        return [name for name in names if name not in ("parent", "name")]
 
     assert by_position(found)[: len(by_position(expected))] == by_position(expected)
+    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in found.values())
     for name, one in expected.items():
+        if name in ("parent", "name") and takes_any:
+            continue
         assert found[name].kind == one.kind
         if not callable(one.default):  # to_linen_var, of which each has its own
             assert found[name].default == one.default
@@ -1588,7 +1578,9 @@ def test_a_pure_dict_of_a_model_loads(writer: ModuleType, reader: ModuleType) ->
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("name", LINEN)
+@pytest.mark.parametrize(
+    "name", ["setup_with_lists_and_dicts", "custom_collections", "partitioned"]
+)
 def test_the_state_of_one_model_is_that_of_the_other(
     writer: ModuleType, reader: ModuleType, name: str
 ) -> None:
@@ -1659,8 +1651,8 @@ def test_an_orbax_checkpoint_of_linen_variables_loads(
 
 
 def as_pure_linen(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What Linen itself computes, with the values that ToNNX(..., rngs=key 0) has."""
-    variables = module.init(KEY, *args, **kwargs)
+    """What Linen itself computes, with the values of a ToNNX whose rngs is KEY."""
+    variables = module.init(nnx.Rngs(params=KEY).params(), *args, **kwargs)
     return module.apply(variables, *args, **kwargs)
 
 
@@ -2025,16 +2017,22 @@ def test_a_numpy_attribute_is_no_obstacle() -> None:
     assert_same(model.apply(variables, X), output)
 
 
-def test_a_hook_on_reading_a_variable_runs_once_per_reading() -> None:
-    class Doubled(nnx.Module):
+@pytest.mark.usefixtures("_registry")
+def test_what_a_variable_does_when_it_is_read_is_done_once() -> None:
+    @nnx.register_variable_name("doubled")
+    class Doubled(nnx.Variable):
+        def get_value(self, **options: Any) -> Any:
+            return super().get_value(**options) * 2
+
+    class Model(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
-            self.w = nnx.Param(jnp.ones((3,)), on_get_value=lambda variable, value: value * 2)
+            self.w = Doubled(jnp.ones((3,)))
 
         def __call__(self, x: Array) -> Array:
-            return x * self.w[...]
+            return x * self.w.get_value()
 
-    model = flax12.to_linen(Doubled)
-    expected = Doubled(nnx.Rngs(0))(X)
+    model = flax12.to_linen(Model)
+    expected = Model(nnx.Rngs(0))(X)
     output, variables = model.init_with_output(KEY, X)
     for _ in range(2):
         assert_same(output, expected)
@@ -2051,7 +2049,7 @@ def test_the_class_of_to_linen_class_can_be_called_itself() -> None:
 
     expected = flax12.to_linen(nnx.Linear, 3, 2).init(KEY, X)
     assert_same(Linear(in_features=3).init(KEY, X), expected)
-    shapes = jax.tree.map(jnp.shape, Outer().init(KEY, X)["params"], is_leaf=nnx.is_array_ref)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, Outer().init(KEY, X)["params"])
     assert shapes == {"a": {"kernel": (3, 2)}, "b": {"bias": (2,), "kernel": (2, 2)}}
 
 
@@ -2125,6 +2123,6 @@ def test_annotated_parameters_need_no_mesh() -> None:
     variables = flax12.to_linen(NnxSharded).init(KEY, X)
     spec = nn.get_partition_spec(variables)["params"]["kernel"]
     assert spec == jax.sharding.PartitionSpec("in", "out")
-    model = flax12.ToNNX(Partitioned(), rngs=nnx.Rngs(0)).lazy_init(X)
+    model = flax12.ToNNX(Partitioned(), rngs=KEY).lazy_init(X)
     assert model.Dense_0["kernel"].out_sharding == ("in", "out")
     assert_same(model(X), as_pure_linen(Partitioned(), X))

@@ -41,21 +41,28 @@ def current_mode() -> Mapping[str, Any]:
 
 
 @contextlib.contextmanager
-def setting(mode: Mapping[str, Any]) -> Iterator[None]:
+def setting(mode: Mapping[str, Any], *, first: bool) -> Iterator[None]:
     """Inside the block, modules have the fields that a mode sets: Linen ones, and NNX ones in them.
 
     What a call says goes before the mode, as in NNX.
+
+    Args:
+        mode: values by field.
+        first: whether the mode goes before what a module was made with; otherwise it fills only
+            what was left open.
     """
     previous = _active.mode
-    _active.mode = {**previous, **mode}
+    wanted = {**previous, **mode}
+    if first:
+        _active.mode = wanted
     try:
-        with linen.intercept_methods(_interceptor(_active.mode)):
+        with linen.intercept_methods(_interceptor(wanted, first=first)):
             yield
     finally:
         _active.mode = previous
 
 
-def _interceptor(mode: Mapping[str, Any]) -> Any:
+def _interceptor(mode: Mapping[str, Any], *, first: bool) -> Any:
     def intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         fields = _fields(module)
@@ -63,7 +70,11 @@ def _interceptor(mode: Mapping[str, Any]) -> Any:
         names = list(taken)
         said = {name for name, value in kwargs.items() if value is not None}
         said.update(name for name, value in zip(names, args, strict=False) if value is not None)
-        wanted = {k: v for k, v in mode.items() if k in fields and k not in said}
+        wanted = {
+            name: value
+            for name, value in mode.items()
+            if name in fields and name not in said and (first or getattr(module, name) is None)
+        }
         before = {name: getattr(module, name) for name in wanted}
         for name, value in wanted.items():
             object.__setattr__(module, name, value)

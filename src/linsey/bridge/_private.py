@@ -13,7 +13,9 @@ from typing import Any
 
 from flax import core, linen
 from flax.linen import module as linen_module
+from flax.nnx import tracers
 from flax.nnx.bridge import wrappers
+from jax._src.core import EvalTrace
 
 # `bridge.lazy_init` sets this flag around one call, and has no public setter.
 set_initializing = wrappers._set_initializing
@@ -25,6 +27,16 @@ flax_to_linen_class = wrappers.to_linen_class
 def is_initializing(module: Any) -> bool:
     """Whether an NNX object is in a `lazy_init`."""
     return bool(module._pytree__state.initializing)
+
+
+def is_eager() -> bool:
+    """Whether no trace is at work; jax has no public way to ask."""
+    return isinstance(tracers.current_jax_trace(), EvalTrace)
+
+
+def can_change(module: Any) -> bool:
+    """Whether an NNX object was made in the current trace: only there may it be changed."""
+    return bool(module._pytree__state.trace_state.is_valid())
 
 
 def current_scope() -> Any:

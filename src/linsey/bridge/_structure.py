@@ -5,6 +5,7 @@ Only `linsey.bridge.flax12` needs it.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -109,19 +110,43 @@ def _filled(kind: Any, old: Any, value: Any) -> Any:
     return _boxes.variable(kind, jax.tree.map(abstract, value))
 
 
-_templates: OrderedDict[Hashable, _Template] = OrderedDict()
+# By the way to make the module, then by the streams that it is given.
+_templates: OrderedDict[Hashable, dict[tuple[str, ...], _Template]] = OrderedDict()
 
 
 def structure_of(module: WrappedNNX, variables: Mapping[str, Any]) -> Structure:
     """The structure of a ToLinen's NNX module; its constructor runs when it is first asked for.
+
+    A variable that is of no use is told by a warning, as flax does.
 
     Args:
         module: the ToLinen, bound or not.
         variables: its variables.
     """
     streams = () if module.scope is None else tuple(sorted(module.scope.rngs))
-    config = (module.nnx_class, module.args, module.kwargs, module.skip_rng, streams)
-    config += (module.abstract_init,)
+    kept = _kept(module)
+    if streams not in kept:
+        kept[streams] = _template(module, streams)
+    structure = kept[streams].structure(variables)
+    unknown = structure.hosting.unknown(variables)
+    if unknown is not None:
+        warnings.warn(
+            f"Found unknown module paths in incoming state:\n  - {format_path(unknown[1:])}",
+            stacklevel=4,
+        )
+    return structure
+
+
+def forget(module: WrappedNNX) -> None:
+    """Drops what was found for a ToLinen: its constructor may read what its arguments do not tell.
+
+    An ``init`` runs the constructor anyway, and what follows is to agree with it.
+    """
+    _kept(module).clear()
+
+
+def _kept(module: WrappedNNX) -> dict[tuple[str, ...], _Template]:
+    config = (module.nnx_class, module.args, module.kwargs, module.skip_rng, module.abstract_init)
     key: Hashable = config
     try:
         found = _templates.get(key)
@@ -129,15 +154,12 @@ def structure_of(module: WrappedNNX, variables: Mapping[str, Any]) -> Structure:
         key, found = None, None
     if found is None:
         # The same again where only functions are other objects, and where nothing can be hashed.
-        data = FlaxEncoder()(config)
-        found = _templates.get(data)
-        if found is None:
-            found = _templates[data] = _template(module, streams)
+        found = _templates.setdefault(FlaxEncoder()(config), {})
         if key is not None:
             _templates[key] = found
         while len(_templates) > _KEPT:
             _templates.popitem(last=False)
-    return found.structure(variables)
+    return found
 
 
 def _template(module: WrappedNNX, streams: tuple[str, ...]) -> _Template:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import core, linen, nnx
+from flax.nnx import bridge
 
 from linsey import _boxes
 from linsey.backends import HostSpec
@@ -80,14 +82,15 @@ class ToLinen(WrappedNNX):
             output, spec, made = self._initialize(nnx_method, args, kwargs)
             self._store_graphdef(GraphDef(spec, nnx.graphdef(made)))
             return output
-        return Hosting.of(_spec(graphdef, self.scope.path)).run(
+        hosting = _hosting(graphdef, self.variables, self.scope.path)
+        return hosting.run(
             self,
             nnx_method,
             args,
             kwargs,
             box=self._box,
             around=self.linsey_around,
-            restructured=self._restructured,
+            restructured=functools.partial(self._restructured, hosting),
             strict=False,
         )
 
@@ -97,8 +100,9 @@ class ToLinen(WrappedNNX):
         call = detached(self, ToLinen, variables, kwargs)
         if call is None or call.variables.is_mutable_collection(GRAPH_COLLECTION):
             return super().apply(variables, *args, **kwargs)
-        spec = _spec(call.variables.get_variable(GRAPH_COLLECTION, GRAPHDEF), ())
-        return call(Hosting.of(spec), args, box=self._box, strict=False)
+        graphdef = call.variables.get_variable(GRAPH_COLLECTION, GRAPHDEF)
+        hosting = _hosting(graphdef, variables, ())
+        return call(hosting, args, box=self._box, strict=False)
 
     @linen.nowrap
     def _store_graphdef(self, graphdef: GraphDef) -> None:
@@ -106,14 +110,25 @@ class ToLinen(WrappedNNX):
             self.put_variable(GRAPH_COLLECTION, GRAPHDEF, graphdef)
 
     @linen.nowrap
-    def _restructured(self, made: Any) -> None:
+    def _restructured(self, hosting: Hosting, made: Any) -> None:
         """Stores the graphdef of a module whose structure a call changed, where the call may."""
         if self.is_mutable_collection(GRAPH_COLLECTION):
-            nnx.pop(made, nnx.Intermediate)  # made anew by each call
+            _drop_sown(made, hosting)
             graph, _ = read_module(made)
             graphdef = GraphDef(HostSpec(graph, graph.root), nnx.graphdef(made))
             if graphdef != self.get_variable(GRAPH_COLLECTION, GRAPHDEF):
                 self._store_graphdef(graphdef)
+
+
+def _drop_sown(made: nnx.Module, hosting: Hosting) -> None:
+    """Takes away what the call sowed: the next one makes it anew."""
+    for path, part in list(nnx.iter_graph(made)):
+        held = dict(vars(part)) if isinstance(part, nnx.Pytree) else {}
+        for name, value in held.items():
+            is_wrapped = isinstance(part, bridge.ToNNX) and name == "intermediates"
+            is_new = isinstance(value, nnx.Intermediate) and not hosting.has((*path, name))
+            if is_wrapped or is_new:
+                delattr(part, name)
 
 
 def _is_made(module: ToLinen, graphdef: Any) -> bool:
@@ -125,16 +140,31 @@ def _is_made(module: ToLinen, graphdef: Any) -> bool:
     return isinstance(graphdef, GraphDef) and Hosting.of(graphdef.spec).is_stored(module)
 
 
-def _spec(graphdef: Any, where: tuple[str, ...]) -> HostSpec:
-    if isinstance(graphdef, GraphDef):
-        return graphdef.spec
-    found = "nothing" if graphdef is None else type(graphdef).__name__
-    raise BridgeError(
-        f"found {found}, expected the graphdef that init stored",
-        path=format_path((GRAPH_COLLECTION, *where, GRAPHDEF)),
-        fix="Pass all the variables that init returned. A lifted transform must pass them on too:"
-        " variable_axes={'params': 0, 'nnx': None}, or variable_broadcast='nnx' for nn.scan.",
-    )
+def _hosting(graphdef: Any, variables: Mapping[str, Any], where: tuple[str, ...]) -> Hosting:
+    """What runs the module of a graphdef on some variables.
+
+    Raises:
+        BridgeError: there is no graphdef, or a variable that it does not know.
+    """
+    if not isinstance(graphdef, GraphDef):
+        found = "nothing" if graphdef is None else type(graphdef).__name__
+        raise BridgeError(
+            f"found {found}, expected the graphdef that init stored",
+            path=format_path((GRAPH_COLLECTION, *where, GRAPHDEF)),
+            fix="Pass all the variables that init returned. A lifted transform must pass them on"
+            " too: variable_axes={'params': 0, 'nnx': None}, or variable_broadcast='nnx' for"
+            " nn.scan.",
+        )
+    hosting = Hosting.of(graphdef.spec)
+    unknown = hosting.unknown(variables)
+    if unknown is not None:
+        raise BridgeError(
+            "the module has no such variable",
+            path=format_path((unknown[0], *where, *unknown[1:])),
+            fix="Leave it out. If a call made it, let that call change the structure too:"
+            " mutable=['nnx', ...].",
+        )
+    return hosting
 
 
 ToLinen.linsey_call = ToLinen.__call__  # by which a backend knows a subclass with its own

@@ -37,6 +37,9 @@ class WrappedLinen(bridge.ToNNX):
     A face keeps the streams, and lays out the variables: it says where each one is kept.
     """
 
+    _mode_goes_first = True
+    """Whether ``train()`` and ``eval()`` go before what a Linen module was made with."""
+
     def _own_keys(self) -> dict[str, Any]:
         """A key from each of the module's own streams, by Linen's name for it."""
         raise NotImplementedError
@@ -173,9 +176,10 @@ class WrappedLinen(bridge.ToNNX):
     def _call(self, *args: Any, rngs: Any, method: Any, mutable: Any, **kwargs: Any) -> Any:
         keys = self._own_keys() if rngs is None else _trees.key_dict(rngs)
         mode = dict(vars(self)[_MODE])
-        kwargs = with_mode(self.to_nnx__module, method, mode, args, kwargs) if mode else kwargs
+        if mode and self._mode_goes_first:
+            kwargs = with_mode(self.to_nnx__module, method, mode, args, kwargs)
         try:
-            with setting(mode) if mode else contextlib.nullcontext():
+            with setting(mode, first=self._mode_goes_first) if mode else contextlib.nullcontext():
                 if _private.is_initializing(self):
                     return self._init(keys, method, args, kwargs)
                 return self._apply(keys, method, mutable, args, kwargs)
@@ -210,9 +214,15 @@ class WrappedLinen(bridge.ToNNX):
         scope = around.scope if around is not None else _private.current_scope()
         if scope is not None:
             return scope.mutable
-        sown = (collection for collection, _ in vars(self)[_SOWN])
-        held = dict.fromkeys([*variables, *sown, "intermediates"])
-        return [name for name in held if name not in _NOT_BY_DEFAULT]
+        if not _private.can_change(self):
+            return False
+        held = dict.fromkeys([*variables, *(collection for collection, _ in vars(self)[_SOWN])])
+        kept = ["intermediates"] if self._keeps_sown() else []
+        return [*(name for name in held if name not in _NOT_BY_DEFAULT), *kept]
+
+    def _keeps_sown(self) -> bool:
+        """Whether a call that does not say what it may change keeps what it sows."""
+        return True
 
     def _linen_variables(self) -> dict[str, Any]:
         """The variables for a call: all but what calls sow, which each call makes anew."""

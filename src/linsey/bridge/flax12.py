@@ -35,10 +35,11 @@ from linsey import _boxes, _trees
 from linsey._boxes import NNXMeta
 from linsey._collections import collection_of, kind_of_collection
 from linsey.backends.linen import detached
+from linsey.bridge import _private
 from linsey.bridge._functional import Functional, functional
 from linsey.bridge._lazy import lazy_init
 from linsey.bridge._registry import with_partitioning
-from linsey.bridge._structure import structure_of
+from linsey.bridge._structure import forget, structure_of
 from linsey.bridge._wrapped_linen import HELD, WrappedLinen, flat, renewed
 from linsey.bridge._wrapped_nnx import WrappedNNX, takes_rngs
 from linsey.ir import BridgeError, Path, format_path
@@ -65,6 +66,8 @@ __all__ = [
 ]
 
 _NAMES = "to_nnx__names"
+_ARRAYS = frozenset({"ArrayImpl", "ndarray"})
+"""Where flax's ToLinen stores an array that is no Variable: in the collection of its type."""
 
 to_linen_var = _boxes.boxed
 """How a Variable is handed to Linen: see `linsey.bridge.flax12.ToLinen`."""
@@ -92,11 +95,17 @@ class ToNNX(WrappedLinen):
         (3, 2)
     """
 
+    _mode_goes_first = False  # in flax 0.12 train() and eval() do not reach Linen modules
+
     def __init__(self, module: linen.Module, rngs: nnx.Rngs | jax.Array | None = None) -> None:
         self._hold(module)
         if isinstance(rngs, nnx.Rngs):
             rngs = rngs.fork()
         self.to_nnx__rngs = nnx.Rngs(params=rngs) if isinstance(rngs, jax.Array) else rngs
+
+    def _keeps_sown(self) -> bool:
+        # Under a trace a new attribute breaks what worked with flax: a carry, a branch.
+        return _private.is_eager() or "intermediates" in self._variables()
 
     def _own_keys(self) -> dict[str, Any]:
         return {} if self.to_nnx__rngs is None else _trees.key_dict(self.to_nnx__rngs)
@@ -245,6 +254,7 @@ class ToLinen(WrappedNNX):
         """Calls the NNX module; see `linsey.bridge.ToLinen`."""
         if self.is_initializing() and not self._is_made():
             output, _, _ = self._initialize(nnx_method, args, kwargs)
+            forget(self)
             return output
         return structure_of(self, self.variables).run(self, nnx_method, args, kwargs)
 
@@ -252,11 +262,18 @@ class ToLinen(WrappedNNX):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls a method; see ``linen.Module.apply``."""
         call = detached(self, ToLinen, variables, kwargs)
-        if call is not None:
+        if call is not None and not variables.keys() & _ARRAYS:
             structure = structure_of(self, variables)
             if structure.is_stored:
                 return call(structure.hosting, args, box=self._box, strict=False)
         return super().apply(variables, *args, **kwargs)
+
+    @linen.nowrap
+    def get_variable(self, col: str, name: str, default: Any = None) -> Any:
+        """As ``linen.Module.get_variable``; finds bare arrays where flax puts them too."""
+        if col == "arrays" and not self.has_variable(col, name):
+            col = next((other for other in _ARRAYS if self.has_variable(other, name)), col)
+        return super().get_variable(col, name, default)
 
     @linen.nowrap
     def _is_made(self) -> bool:
