@@ -45,10 +45,8 @@ def _fold(count: int, separated: bool) -> Any:
 def folded(key: Any, count: int) -> Any:
     """The key that Linen's root scope gives for the draw number `count` from a stream.
 
-    Compiled where it is computed at once: most of the time of Linen's own goes into dispatch.
+    Compiled: most of the time of Linen's own goes into dispatch, and under a trace into tracing.
     """
-    if isinstance(key, jax.core.Tracer):
-        return LazyRng.create(key, count).as_jax_rng()
     return _fold(count, bool(config.flax_fix_rng_separator))(key)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen
 
@@ -59,15 +59,34 @@ class NNXHost(linen.Module):
         return Hosting.of(self.spec).run(self, name, args, kwargs)
 
     @linen.nowrap
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(
+        self,
+        variables: Any,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        capture_intermediates: Any = False,
+        **kwargs: Any,
+    ) -> Any:
         """Calls a method; see ``linen.Module.apply``.
 
         A call at the top does not go through Linen's scopes: see `detached`.
         """
-        call = detached(self, NNXHost, variables, kwargs)
+        options = Options(rngs, method, mutable, capture_intermediates)
+        call = detached(self, NNXHost, variables, options, kwargs)
         if call is None:
-            return super().apply(variables, *args, **kwargs)
+            return super().apply(variables, *args, **options._asdict(), **kwargs)
         return call(Hosting.of(self.spec), args)
+
+
+class Options(NamedTuple):
+    """The options of ``linen.Module.apply``."""
+
+    rngs: Any
+    method: Any
+    mutable: Any
+    capture_intermediates: Any
 
 
 class Call:
@@ -84,11 +103,12 @@ class Call:
         return output if self.variables.mutable is False else (output, self.variables.updates())
 
 
-_OPTIONS = ("rngs", "mutable", "capture_intermediates", "method")
-
-
 def detached(
-    module: linen.Module, base: type[linen.Module], variables: Any, kwargs: Mapping[str, Any]
+    module: linen.Module,
+    base: type[linen.Module],
+    variables: Any,
+    options: Options,
+    kwargs: Mapping[str, Any],
 ) -> Call | None:
     """An ``apply`` that can do without Linen's scopes; None for one that cannot.
 
@@ -98,20 +118,21 @@ def detached(
         module: the module.
         base: its class as linsey wrote it; a lifted class must run its transform.
         variables: the variables.
-        kwargs: all the keyword arguments that ``apply`` was given.
+        options: the options of ``apply``.
+        kwargs: keyword arguments of the method.
     """
-    method, rngs = kwargs.get("method"), kwargs.get("rngs")
+    method, rngs = options.method, options.rngs
     if (
         type(module).__call__ is not base.__call__
-        or kwargs.get("capture_intermediates", False) is not False
+        or options.capture_intermediates is not False
         or not (method is None or isinstance(method, str))
         or not (rngs is None or isinstance(rngs, Mapping))
         or not isinstance(variables, Mapping)
         or _private.is_watched()
     ):
         return None
-    given = Detached(variables, rngs or {}, kwargs.get("mutable", False))
-    rest = {key: value for key, value in kwargs.items() if key not in _OPTIONS}
+    rest = dict(kwargs)
+    given = Detached(variables, rngs or {}, options.mutable)
     return Call(given, rest.pop("nnx_method", method), rest)
 
 

@@ -36,7 +36,7 @@ class Inner:
             (slot, path) for slot, path in self._plan.slots.items() if self._is_derived(slot)
         ]
         self._in_wrappers = wrapper_slots(graph)
-        self._keys: tuple[Any, Any] | None = None
+        self._keys: tuple[Any, Any, Any] | None = None
 
     def _is_derived(self, slot: int) -> bool:
         return self._graph.slots[slot].collection in RNG_COLLECTIONS
@@ -74,9 +74,9 @@ class Inner:
         with getattr(module, "linsey_around", contextlib.nullcontext)(made):
             output = method(made, *args, **kwargs)
         if checked:
-            after = {path: leaf.get_raw_value() for path, leaf in _rng_leaves(made)}
+            after = self._plan.read(made, values, strict=False)
             for slot in checked:
-                if after.get(self._plan.slots[slot]) is not values[slot]:
+                if after[slot] is not values[slot]:
                     raise EmitError(
                         "the NNX module drew a key, and no PRNG stream was given for it",
                         path=format_path((*module.path, *self._plan.slots[slot][:-1])),
@@ -124,8 +124,10 @@ class Inner:
         keys = {} if skips else {name: module.make_rng(name) for name in module.scope.rngs}
         config = (module.nnx_class, module.args, module.kwargs, skips)
         if self._keys is None or not _same(self._keys[0], config):
-            self._keys = (config, jax.jit(lambda keys: _rng_state(config, keys)))
-        state = self._keys[1](keys)
+            make = jax.jit(lambda keys: _rng_state(config, keys))
+            with jax.ensure_compile_time_eval():  # kept from call to call: no trace may own it
+                self._keys = (config, make, make({}))
+        state = self._keys[1](keys) if keys else self._keys[2]
         missing = []
         for slot, path in self._derived:
             # Which streams an nnx.Rngs has follows from those that the call brings.

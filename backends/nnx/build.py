@@ -294,7 +294,7 @@ class Plan:
             return any(
                 grown(item, parts[str(name) if text else name])
                 for name, kind, item in entry.items
-                if kind == _CHILD
+                if kind == _CHILD and (str(name) if text else name) in parts
             )
 
         return grown(self.root, obj)
@@ -320,7 +320,12 @@ class Plan:
                 continue
             value = parts[key]
             if kind == _CHILD:
-                yield from self._read(item, value, out, seen, where)
+                below = self._entries[item]
+                if below.tree is None and type(value) is not below.cls:
+                    became = type(value).__name__
+                    yield _changed(where, f"was a {below.cls.__name__} and became a {became}")
+                else:
+                    yield from self._read(item, value, out, seen, where)
             elif kind == _STATIC:
                 if name in _BOOKKEEPING:
                     continue

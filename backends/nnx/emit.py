@@ -88,8 +88,15 @@ def override_streams(graph: Graph, arrays: list[Any], rngs: Mapping[str, Any]) -
             own = _typed(key) if len(streams) == 1 else jax.random.fold_in(_typed(key), number)
             shape = arrays[stream.key].shape
             out[stream.key] = jax.random.split(own, shape) if shape else own
-            out[stream.count] = jax.numpy.zeros(shape, jax.numpy.uint32) if shape else _zero()
+            out[stream.count] = _zeros(shape, own)
     return out
+
+
+def _zeros(shape: tuple[int, ...], key: Any) -> Any:
+    """Counters at zero: under a trace, values of that trace."""
+    if shape or isinstance(key, jax.core.Tracer):
+        return jax.numpy.zeros(shape, jax.numpy.uint32)
+    return _zero()
 
 
 @functools.lru_cache

@@ -1491,9 +1491,11 @@ def assert_signature(ours: Any, theirs: Any) -> None:
         return [name for name in names if name not in ("parent", "name")]
 
     assert by_position(found)[: len(by_position(expected))] == by_position(expected)
-    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in found.values())
+    any_name = inspect.Parameter.VAR_KEYWORD
+    takes_any = any(one.kind is any_name for one in found.values())
     for name, one in expected.items():
-        if name in ("parent", "name") and takes_any:
+        if one.kind is any_name or (name in ("parent", "name") and takes_any):
+            assert takes_any
             continue
         assert found[name].kind == one.kind
         if not callable(one.default):  # to_linen_var, of which each has its own

@@ -13,9 +13,8 @@ from typing import Any
 
 from flax import core, linen
 from flax.linen import module as linen_module
-from flax.nnx import tracers
 from flax.nnx.bridge import wrappers
-from jax._src.core import EvalTrace
+from jax._src.core import trace_state_clean
 
 # `bridge.lazy_init` sets this flag around one call, and has no public setter.
 set_initializing = wrappers._set_initializing
@@ -31,7 +30,7 @@ def is_initializing(module: Any) -> bool:
 
 def is_eager() -> bool:
     """Whether no trace is at work; jax has no public way to ask."""
-    return isinstance(tracers.current_jax_trace(), EvalTrace)
+    return bool(trace_state_clean())
 
 
 def can_change(module: Any) -> bool:

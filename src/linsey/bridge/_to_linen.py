@@ -11,7 +11,7 @@ from flax.nnx import bridge
 
 from linsey import _boxes
 from linsey.backends import HostSpec
-from linsey.backends.linen import GraphDef, Hosting, detached
+from linsey.backends.linen import GraphDef, Hosting, Options, detached
 from linsey.bridge._wrapped_nnx import WrappedNNX
 from linsey.frontends.nnx import read_module
 from linsey.ir import BridgeError, format_path
@@ -95,11 +95,21 @@ class ToLinen(WrappedNNX):
         )
 
     @linen.nowrap
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(
+        self,
+        variables: Any,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        capture_intermediates: Any = False,
+        **kwargs: Any,
+    ) -> Any:
         """Calls a method; see ``linen.Module.apply``."""
-        call = detached(self, ToLinen, variables, kwargs)
+        options = Options(rngs, method, mutable, capture_intermediates)
+        call = detached(self, ToLinen, variables, options, kwargs)
         if call is None or call.variables.is_mutable_collection(GRAPH_COLLECTION):
-            return super().apply(variables, *args, **kwargs)
+            return super().apply(variables, *args, **options._asdict(), **kwargs)
         graphdef = call.variables.get_variable(GRAPH_COLLECTION, GRAPHDEF)
         hosting = _hosting(graphdef, variables, ())
         return call(hosting, args, box=self._box, strict=False)

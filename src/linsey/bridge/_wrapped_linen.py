@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 from flax import errors, linen, nnx
 from flax.nnx import bridge
 
@@ -279,6 +280,22 @@ _MISSING = (
     errors.ScopeParamShapeError,
     errors.ScopeVariableNotFoundError,
 )
+
+
+_fold_in = jax.jit(jax.random.fold_in)
+
+
+def drawn(rngs: nnx.Rngs) -> dict[str, Any]:
+    """A key from each stream, by Linen's name for it: what ``stream()`` gives, compiled."""
+    keys = {}
+    for name, stream in rngs.items():
+        if type(stream) is nnx.RngStream:
+            count = stream.count.get_value()
+            keys[name] = _fold_in(stream.key.get_value(), count)
+            stream.count.set_value(count + 1)
+        else:
+            keys[name] = stream()
+    return _trees.key_dict(keys)
 
 
 def renewed(kind: type[nnx.Variable[Any]], old: Any, value: Any) -> nnx.Variable[Any]:

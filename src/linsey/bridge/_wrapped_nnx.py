@@ -232,6 +232,14 @@ def _made(make: Any, args: Any, kwargs: Mapping[str, Any], keys: Mapping[str, An
 
 def takes_rngs(make: Any) -> bool:
     """Whether a class or a factory takes ``rngs``."""
+    try:
+        return _takes_rngs(make)
+    except TypeError:  # it cannot be hashed
+        return _takes_rngs.__wrapped__(make)
+
+
+@functools.lru_cache(maxsize=256)
+def _takes_rngs(make: Any) -> bool:
     parameters = parameters_of(make).values()
     return any(p.name == "rngs" or p.kind is p.VAR_KEYWORD for p in parameters)
 

@@ -31,16 +31,16 @@ from flax.nnx.bridge import (
     nnx_in_bridge_mdl,
 )
 
-from linsey import _boxes, _trees
+from linsey import _boxes
 from linsey._boxes import NNXMeta
 from linsey._collections import collection_of, kind_of_collection
-from linsey.backends.linen import detached
+from linsey.backends.linen import Options, detached
 from linsey.bridge import _private
 from linsey.bridge._functional import Functional, functional
 from linsey.bridge._lazy import lazy_init
 from linsey.bridge._registry import with_partitioning
 from linsey.bridge._structure import forget, structure_of
-from linsey.bridge._wrapped_linen import HELD, WrappedLinen, flat, renewed
+from linsey.bridge._wrapped_linen import HELD, WrappedLinen, drawn, flat, renewed
 from linsey.bridge._wrapped_nnx import WrappedNNX, takes_rngs
 from linsey.ir import BridgeError, Path, format_path
 
@@ -66,6 +66,7 @@ __all__ = [
 ]
 
 _NAMES = "to_nnx__names"
+_MODULE = ("name", "parent", "abstract_init")
 _ARRAYS = frozenset({"ArrayImpl", "ndarray"})
 """Where flax's ToLinen stores an array that is no Variable: in the collection of its type."""
 
@@ -108,7 +109,7 @@ class ToNNX(WrappedLinen):
         return _private.is_eager() or "intermediates" in self._variables()
 
     def _own_keys(self) -> dict[str, Any]:
-        return {} if self.to_nnx__rngs is None else _trees.key_dict(self.to_nnx__rngs)
+        return {} if self.to_nnx__rngs is None else drawn(self.to_nnx__rngs)
 
     def _trees(self) -> dict[str, Any]:
         """The attributes that hold Linen variables."""
@@ -259,14 +260,24 @@ class ToLinen(WrappedNNX):
         return structure_of(self, self.variables).run(self, nnx_method, args, kwargs)
 
     @linen.nowrap
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(
+        self,
+        variables: Any,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        capture_intermediates: Any = False,
+        **kwargs: Any,
+    ) -> Any:
         """Calls a method; see ``linen.Module.apply``."""
-        call = detached(self, ToLinen, variables, kwargs)
+        options = Options(rngs, method, mutable, capture_intermediates)
+        call = detached(self, ToLinen, variables, options, kwargs)
         if call is not None and not variables.keys() & _ARRAYS:
             structure = structure_of(self, variables)
             if structure.is_stored:
                 return call(structure.hosting, args, box=self._box, strict=False)
-        return super().apply(variables, *args, **kwargs)
+        return super().apply(variables, *args, **options._asdict(), **kwargs)
 
     @linen.nowrap
     def get_variable(self, col: str, name: str, default: Any = None) -> Any:
@@ -360,16 +371,16 @@ def to_linen_class(
         nnx_class: Any = None,
         skip_rng: bool | None = None,
         metadata_fn: Any = None,
-        **other: Any,
+        **other_kwargs: Any,
     ) -> None:
-        own = {key: other.pop(key) for key in ("name", "parent", "abstract_init") if key in other}
+        own = {key: other_kwargs.pop(key) for key in _MODULE if key in other_kwargs}
         ToLinen.__init__(
             self,
             nnx_class=nnx_class or base_nnx_class,
             args=args or (),
             metadata_fn=metadata_fn or base_metadata_fn,
             skip_rng=skip_rng or base_skip_rng,
-            kwargs=core.FrozenDict({**partial_kwargs, **(kwargs or {}), **other}),
+            kwargs=core.FrozenDict({**partial_kwargs, **(kwargs or {}), **other_kwargs}),
             **own,
         )
 
