@@ -106,7 +106,7 @@ class Hosting:
         self._collections = {str(place[0]) for place in self.places.values()}
         self._names: dict[str, Any] = {}
         for place in self.places.values():
-            holder = self._names
+            holder: dict[Any, Any] = self._names
             for name in place:
                 holder = holder.setdefault(name, {})
         self._streams = {s.name for s in spec.graph.streams if s.derivation == "count"}

@@ -320,10 +320,10 @@ class Plan:
                 continue
             value = parts[key]
             if kind == _CHILD:
-                below = self._entries[item]
-                if below.tree is None and type(value) is not below.cls:
+                child = self._entries[item]
+                if child.tree is None and type(value) is not child.cls:
                     became = type(value).__name__
-                    yield _changed(where, f"was a {below.cls.__name__} and became a {became}")
+                    yield _changed(where, f"was a {child.cls.__name__} and became a {became}")
                 else:
                     yield from self._read(item, value, out, seen, where)
             elif kind == _STATIC:

@@ -131,7 +131,8 @@ class Region:
         found: dict[tuple[str, Path], Path] = {}
         for scope, seen in self._observer.modules.items():
             wrappers = () if seen.nnx is None else nnx.iter_graph(seen.nnx)
-            for where, part in wrappers:
+            for keys, part in wrappers:
+                where: Path = tuple(map(as_key, keys))
                 if hasattr(part, "linsey_variables") and isinstance(part, nnx.Module):
                     for below, place, leaf in nnx_build.wrapped_variables(part):
                         collection = collection_of(type(leaf))

@@ -231,17 +231,17 @@ class Walker:
         moved = region.slot_paths()
         slots: dict[tuple[str, Path], int] = {}
         for below, place, variable in variables:
-            at = (collection_of(type(variable)), below)
-            slot = self._variable(variable, (*path, *moved.get(at, below)), (*path, *place))
-            slots[at] = slot
+            linen_place = (collection_of(type(variable)), below)
+            own_path = (*path, *moved.get(linen_place, below))
+            slot = slots[linen_place] = self._variable(variable, own_path, (*path, *place))
             if not region.is_inside_nnx(below):
                 region.bind(below, slot)
         region.add_nnx(lambda collection, below: slots.get((collection, below)))
         if observer.entry is not None:
             stacks = linen_build.observed_stacks(wrapper.to_nnx__module, observer.entry)
-            for place, stack in stacks.items():
-                if place in slots:
-                    self._stack(slots[place], path, stack)
+            for linen_place, stack in stacks.items():
+                if linen_place in slots:
+                    self._stack(slots[linen_place], path, stack)
 
     def _stack(self, number: int, path: Path, stack: tuple[StackAxis, ...]) -> None:
         """Gives a slot the axes that Linen code below `path` stacks it by."""

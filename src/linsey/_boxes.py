@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from flax import errors, linen, nnx
+from flax import errors, nnx
 from flax.core import meta, spmd
+from flax.linen import spmd as linen_spmd
 from flax.nnx import bridge
 
 LINEN_BOX = "linen_meta_type"
@@ -72,7 +73,7 @@ class NNXMeta(bridge.NNXMeta[Any]):
             if key != meta.PARTITION_NAME and metadata.get(key) and type(metadata[key]) is tuple:
                 metadata[key] = change(metadata[key], index, entry)
         if not metadata.get(f"on_{hook}") and not hasattr(self.var_type, f"on_{hook}"):
-            return self.replace(metadata=metadata)  # type: ignore[no-any-return]
+            return self.replace(metadata=metadata)
         variable = self.replace(metadata=metadata).to_nnx_variable()
         getattr(variable, hook)(index, params.get(meta.PARTITION_NAME))
         return boxed_meta(variable)
@@ -106,7 +107,8 @@ def _removed(names: Any, index: int, name: Any) -> Any:
 
 def _like(names: Any, entries: tuple[Any, ...]) -> Any:
     is_spec = isinstance(names, jax.sharding.PartitionSpec)
-    return jax.sharding.PartitionSpec(*entries) if is_spec else entries
+    make: Any = jax.sharding.PartitionSpec  # its constructor is not annotated
+    return make(*entries) if is_spec else entries
 
 
 def plain_metadata() -> dict[str, Any]:
@@ -157,7 +159,7 @@ def _sharded(value: Any, metadata: Mapping[str, Any]) -> Any:
     names, rules = metadata["out_sharding"], metadata.get("sharding_rules")
     if "sharding_rules" in metadata and LINEN_BOX in metadata:
         # Logical names of Linen: one that no rule maps is replicated.
-        names, rules = linen.logical_to_mesh_axes(names, rules), None
+        names, rules = linen_spmd.logical_to_mesh_axes(names, rules), None
     return spmd.shard_value(value, names, rules, mesh)
 
 

@@ -79,9 +79,10 @@ def attribute_paths(graph: Graph, root: int) -> dict[int, Path]:
             for below, slot in linen_slots(graph, number):
                 at = place(graph.slots[slot].collection, below)
                 found.setdefault(slot, (*path, *at))
-            held, children, names = wrapper.slots, wrapper.children, {}
+            held, children = wrapper.slots, wrapper.children
         else:
-            held, children, names = node.slots, node.children, real_keys(node)
+            held, children = node.slots, node.children
+        names = real_keys(node)
         for name, slot in held:
             found.setdefault(slot, (*path, names.get(name, name)))
         for name, child in children:

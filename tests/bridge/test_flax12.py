@@ -5,10 +5,13 @@ does where flax's has a defect.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -21,7 +24,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from compare import assert_same
-from flax import core, nnx, struct
+from flax import core, nnx, serialization, struct
 from flax import linen as nn
 from flax.core import meta
 from flax.nnx import variablelib
@@ -34,8 +37,8 @@ Array = jax.Array
 Case = Callable[[ModuleType], Any]
 
 pytestmark = [
-    # flax 0.12.12 says so of every sow of an NNX module, whichever bridge is around it.
-    pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning"),
+    # flax 0.12.12 says so of these methods of every NNX module, whichever bridge is around it.
+    pytest.mark.filterwarnings(r"ignore:Using 'Module\.(sow|perturb)\(:DeprecationWarning"),
 ]
 
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
@@ -1316,6 +1319,259 @@ def both_kinds_of_modules_in_a_bridge_module(bridge: ModuleType) -> Any:
     return [variables, again, model.apply(variables, X, rngs=rngs)]
 
 
+# less usual ways of use
+
+
+@same
+def classes_derived_from_the_wrappers(bridge: ModuleType) -> Any:
+    class Doubles(bridge.ToNNX):
+        def __call__(self, x: Array, **kwargs: Any) -> Any:
+            return super().__call__(x * 2, **kwargs)
+
+        def shifted(self, x: Array) -> Array:
+            return self(x) + 1
+
+    class Scales(bridge.ToLinen):
+        factor: float = 2.0
+
+        @nn.compact
+        def __call__(self, x: Array, **kwargs: Any) -> Any:
+            return super().__call__(x * self.factor, **kwargs)
+
+    model = Doubles(nn.Dense(2), nnx.Rngs(0)).lazy_init(X)
+    linen = Scales(nnx.Linear, (3, 2))
+    output, variables = linen.init_with_output(KEY, X)
+    applied = [linen.apply(variables, X), linen.apply(variables, X, mutable=True)]
+    return [facts(model), model(X), model.shifted(X), output, variables, applied]
+
+
+@same
+def fields_that_were_set_stay_set_in_train_and_eval(bridge: ModuleType) -> Any:
+    frozen = bridge.ToNNX(nn.BatchNorm(use_running_average=True), rngs=nnx.Rngs(0)).lazy_init(X)
+    noisy = bridge.ToNNX(nn.Dropout(0.5, deterministic=False), rngs=nnx.Rngs(0, dropout=1))
+    noisy.lazy_init(X)
+    seen = []
+    for model in (frozen, noisy):
+        model.train()
+        seen.append(model(X))
+        model.eval()
+        seen += [model(X), facts(model)]
+    return seen
+
+
+@same
+def copies_of_a_model(bridge: ModuleType) -> Any:
+    model = bridge.ToNNX(Noisy(), rngs=nnx.Rngs(0, dropout=1)).lazy_init(X)
+    copied = copy.deepcopy(model)
+    return [copied(X), copied(X), facts(copied), facts(model)]
+
+
+@same
+def sown_values_can_be_popped(bridge: ModuleType) -> Any:
+    model = bridge.ToNNX(Sows(), rngs=nnx.Rngs(0)).lazy_init(X)
+    model(X, mutable=["intermediates"])
+    popped = nnx.pop(model, nnx.Intermediate)
+    output = model(X * 2, mutable=["intermediates"])
+    return [popped, output, nnx.state(model, nnx.Intermediate)]
+
+
+@same
+def perturbations(bridge: ModuleType) -> Any:
+    class Perturbed(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return self.perturb("delta", nn.Dense(2)(x))
+
+    class PerturbedNnx(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.linear = nnx.Linear(3, 2, rngs=rngs)
+
+        def __call__(self, x: Array) -> Array:
+            return self.perturb("delta", self.linear(x))
+
+    model = bridge.ToNNX(Perturbed(), rngs=nnx.Rngs(0)).lazy_init(X)
+    linen = bridge.to_linen(PerturbedNnx)
+    variables = linen.init(KEY, X)
+    return [facts(model), model(X), variables, linen.apply(variables, X, mutable=True)]
+
+
+VALUES: dict[str, Any] = {
+    "a_dict": {"a": np.ones(2), "b": {"c": np.zeros(1)}},
+    "a_list": [np.ones(2), np.ones(1)],
+    "none": None,
+    "an_int": 3,
+    "a_float": 2.5,
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_the_value_of_a_linen_variable_may_be(value: str) -> None:
+    class Holds(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            held = self.variable("things", "thing", lambda: VALUES[value])
+            return x * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(held.value))
+
+    def case(bridge: ModuleType) -> Any:
+        model = bridge.ToNNX(Holds(), rngs=nnx.Rngs(0)).lazy_init(X)
+        return [facts(model), model(X), model(X, mutable=True), facts(model)]
+
+    assert_as_flax(case)
+
+
+@same
+def odd_names(bridge: ModuleType) -> Any:
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            for name in ("a/b", "0", "a.b", "_private", "class", "value", "kernel "):
+                x = x * self.param(name, nn.initializers.normal(), (3,))
+            return x
+
+    model = bridge.ToNNX(Odd(), rngs=nnx.Rngs(0)).lazy_init(X)
+    return [facts(model), model(X)]
+
+
+@same
+def linen_code_may_hold_a_wrapped_linen_module(bridge: ModuleType) -> Any:
+    class Outer(nn.Module):
+        inner: Any
+
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return nn.Dense(2)(self.inner(x))
+
+    inner = bridge.ToNNX(Mlp(3), rngs=nnx.Rngs(0)).lazy_init(X)
+    model = Outer(inner)
+    variables = model.init(KEY, X)
+    return [variables, model.apply(variables, X), facts(inner)]
+
+
+@same
+def arguments_that_cannot_be_hashed(bridge: ModuleType) -> Any:
+    class Model(nnx.Module):
+        def __init__(self, sizes: Any, options: Any, act: Any, rngs: nnx.Rngs):
+            pairs = itertools.pairwise(sizes)
+            self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs, **options) for a, b in pairs])
+            self.act = act
+
+        def __call__(self, x: Array) -> Array:
+            for layer in self.layers:
+                x = self.act(layer(x))
+            return x
+
+    seen = []
+    for factor in (2, 3):
+        model = bridge.to_linen(
+            Model, [3, 4, 2], options={"use_bias": factor == 2}, act=lambda x, k=factor: x * k
+        )
+        variables = model.init(KEY, X)
+        seen += [variables, model.apply(variables, X), jax.jit(model.apply)(variables, X)]
+    return seen
+
+
+@same
+def a_partial_class_and_a_sequence(bridge: ModuleType) -> Any:
+    layers = [bridge.to_linen(functools.partial(nnx.Linear, 3, 4)), nn.relu]
+    model = nn.Sequential([*layers, bridge.to_linen(nnx.Linear, 4, 2)])
+    variables = model.init(KEY, X)
+    return [variables, model.apply(variables, X)]
+
+
+@same
+def streams_of_every_kind_at_apply(bridge: ModuleType) -> Any:
+    class Draws(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.fork = rngs.fork()
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.w = nnx.Param(jax.random.normal(rngs.params(), (3,)))
+            self.rngs = rngs
+
+        def __call__(self, x: Array) -> Array:
+            x = self.dropout(x) * self.w + jax.random.normal(self.fork.dropout(), (3,))
+            return x + jax.random.normal(self.rngs.params(), (3,))
+
+    model = bridge.to_linen(Draws)
+    output, variables = model.init_with_output(KEYS, X)
+    seen = [output, variables]
+    for rngs in (KEYS, {**KEYS, "default": jax.random.key(9)}, {**KEYS, "noise": KEY}):
+        seen += [model.apply(variables, X, rngs=rngs), model.apply(variables, X, rngs=rngs)]
+    dropout = bridge.to_linen(nnx.Dropout, 0.5)
+    x = jnp.ones((4, 4))
+    held = dropout.init(KEYS, x)
+    return [*seen, dropout.apply(held, x, rngs={"default": jax.random.key(3)})]
+
+
+@same
+def values_that_are_pytrees_and_attributes_that_a_call_changes(bridge: ModuleType) -> Any:
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.w = nnx.Param({"a": jnp.ones(3), "b": (jnp.zeros(3),)})
+            self.empty = nnx.Param(None)
+            self.calls = 0
+
+        def __call__(self, x: Array) -> Array:
+            self.calls += 1
+            return (x * self.w["a"] + self.w["b"][0]) * self.calls
+
+    model = bridge.to_linen(Model)
+    variables = model.init(KEY, X)
+    with warnings.catch_warnings():
+        # flax takes the leaves of such a value for variables that the module does not know.
+        if bridge is not flax12:
+            warnings.filterwarnings("ignore", "Found unknown module paths")
+        outputs = [model.apply(variables, X, mutable=mutable) for mutable in (False, True)]
+        return [variables, *outputs, model.apply(variables, X)]
+
+
+@same
+@in_mesh
+def variables_are_serialised(bridge: ModuleType) -> Any:
+    model = bridge.to_linen(NnxSharded)
+    variables = model.init(KEY, X)
+    data = serialization.to_bytes(variables)
+    return [serialization.to_state_dict(variables), serialization.from_bytes(variables, data)]
+
+
+@same
+def a_table_of_the_module(bridge: ModuleType) -> Any:
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return nn.Dense(2)(bridge.to_linen(NnxMlp, 4)(x))
+
+    return [bridge.to_linen(NnxMlp, 4).tabulate(KEY, X), Outer().tabulate(KEY, X)]
+
+
+@same
+def functions_of_the_linen_module(bridge: ModuleType) -> Any:
+    model = bridge.to_linen(NnxMlp, 4)
+    variables = model.init(KEY, X)
+    return [
+        model.apply(variables, X, method=lambda module, x: module(x) * 2),
+        model.apply(variables, X, method=bridge.ToLinen.__call__),
+        model.apply(variables, method=lambda module: module.variables),
+        model.apply(variables, X, mutable=["intermediates"], capture_intermediates=True),
+    ]
+
+
+@same
+def linen_code_that_counts_in_a_bridge_module(bridge: ModuleType) -> Any:
+    class Model(bridge.Module):
+        def setup(self) -> None:
+            self.counter = bridge.ToNNX(Counter(), self.scope.rngs)
+            self.sows = bridge.ToNNX(Sows(), self.scope.rngs)
+            for module in (self.counter, self.sows):
+                wrappers._set_initializing(module, self.is_initializing())
+
+        def __call__(self, x: Array) -> Array:
+            return self.sows(self.counter(x))
+
+    model = Model()
+    variables = model.init(0, X)
+    return [variables, model.apply(variables, X, mutable=["counter"])]
+
+
 # mixed
 
 
@@ -1413,6 +1669,25 @@ def _scanned_state(model: Any) -> Array:
 @pytest.mark.parametrize("use", SOWERS)
 def test_outputs_are_those_of_flax_where_a_module_sows_and(use: str) -> None:
     assert_as_flax(lambda bridge: SOWERS[use](_sower(bridge)))
+
+
+@pytest.mark.parametrize("use", ["nnx_vmap_broadcasts", "a_scan_carries_the_state_of"])
+def test_mutable_false_is_the_default_of_flax_where_sown_values_are_in_the_way(use: str) -> None:
+    # Once they are part of the state, a call keeps them; this is how it does not.
+    class Quiet(nnx.Module):
+        def __init__(self, inner: Any):
+            self.inner = inner
+
+        def __call__(self, x: Array) -> Array:
+            return self.inner(x, mutable=False)
+
+    def case(bridge: ModuleType) -> Any:
+        model = _sower(bridge)
+        if bridge is flax12:
+            model(X)
+        return SOWERS[use](Quiet(model))
+
+    assert_as_flax(case)
 
 
 # --------------------------------------------------------------------------------------

@@ -14,14 +14,14 @@ import jax
 from flax import nnx
 from flax.nnx import bridge
 
-from linsey import _boxes
+from linsey import _boxes, _trees
 from linsey._collections import kind_of_collection
 from linsey.backends import HostSpec
 from linsey.backends.linen import Hosting, Inner
 from linsey.bridge._wrapped_nnx import WrappedNNX, make_module, takes_rngs
 from linsey.frontends import FlaxEncoder
 from linsey.frontends.nnx import made_abstractly, read_module
-from linsey.ir import Path, format_path
+from linsey.ir import Path, as_key, format_path
 
 _KEPT = 256
 """How many structures are kept; the oldest goes first."""
@@ -65,7 +65,9 @@ class _Template:
         self._is_stored = is_stored
         self._split = nnx.split(made)
         self._wrappers: list[Path] = [
-            tuple(path) for path, part in nnx.iter_graph(made) if isinstance(part, bridge.ToNNX)
+            tuple(map(as_key, path))
+            for path, part in nnx.iter_graph(made)
+            if isinstance(part, bridge.ToNNX)
         ]
         self._structures: dict[Hashable, Structure] = {}
 
@@ -76,7 +78,7 @@ class _Template:
         key = (treedef, *((leaf.shape, str(leaf.dtype)) for leaf in leaves))
         if key not in self._structures:
             made = nnx.merge(*self._split)
-            parts = {tuple(path): part for path, part in nnx.iter_graph(made)}
+            parts = {tuple(map(as_key, path)): part for path, part in nnx.iter_graph(made)}
             for path, collections in held.items():
                 for collection, tree in collections.items():
                     kind = kind_of_collection(collection)
@@ -105,7 +107,7 @@ def _filled(kind: Any, old: Any, value: Any) -> Any:
         return {**held, **made}
 
     def abstract(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return _trees.shape_struct(leaf.shape, leaf.dtype)
 
     return _boxes.variable(kind, jax.tree.map(abstract, value))
 

@@ -14,7 +14,7 @@ from linsey.backends import HostSpec
 from linsey.backends.linen import GraphDef, Hosting, Options, detached
 from linsey.bridge._wrapped_nnx import WrappedNNX
 from linsey.frontends.nnx import read_module
-from linsey.ir import BridgeError, format_path
+from linsey.ir import BridgeError, as_key, format_path
 from linsey.ir.reserved import GRAPH_COLLECTION
 
 GRAPHDEF = "graphdef"
@@ -77,7 +77,7 @@ class ToLinen(WrappedNNX):
                 is nowhere, or cannot advance.
         """
         assert self.scope is not None
-        graphdef = self.get_variable(GRAPH_COLLECTION, GRAPHDEF)
+        graphdef: Any = self.get_variable(GRAPH_COLLECTION, GRAPHDEF)
         if self.is_initializing() and not _is_made(self, graphdef):
             output, spec, made = self._initialize(nnx_method, args, kwargs)
             self._store_graphdef(GraphDef(spec, nnx.graphdef(made)))
@@ -132,7 +132,8 @@ class ToLinen(WrappedNNX):
 
 def _drop_sown(made: nnx.Module, hosting: Hosting) -> None:
     """Takes away what the call sowed: the next one makes it anew."""
-    for path, part in list(nnx.iter_graph(made)):
+    for keys, part in list(nnx.iter_graph(made)):
+        path = tuple(map(as_key, keys))
         held = dict(vars(part)) if isinstance(part, nnx.Pytree) else {}
         for name, value in held.items():
             is_wrapped = isinstance(part, bridge.ToNNX) and name == "intermediates"
@@ -177,7 +178,7 @@ def _hosting(graphdef: Any, variables: Mapping[str, Any], where: tuple[str, ...]
     return hosting
 
 
-ToLinen.linsey_call = ToLinen.__call__  # by which a backend knows a subclass with its own
+ToLinen.linsey_call = ToLinen.__call__
 
 
 def to_linen(

@@ -160,8 +160,8 @@ def _variables(kind: type[nnx.Variable[Any]], old: Any, new: Any) -> Any:
         return {**held, **made}
     if isinstance(new, tuple | list):
         fits = type(old) is type(new) and len(old) == len(new)
-        held = old if fits else [None] * len(new)
-        items = [_variables(kind, was, value) for was, value in zip(held, new, strict=True)]
+        before = old if fits else [None] * len(new)
+        items = [_variables(kind, was, value) for was, value in zip(before, new, strict=True)]
         if fits and all(was is now for was, now in zip(old, items, strict=True)):
             return old
         return type(new)(*items) if hasattr(new, "_fields") else type(new)(items)

@@ -86,7 +86,7 @@ class WrappedLinen(bridge.ToNNX):
         return HELD, HeldModule(module)
 
     @property
-    def to_nnx__module(self) -> linen.Module:
+    def to_nnx__module(self) -> linen.Module:  # type: ignore[override]
         """The Linen module."""
         return vars(self)[HELD].module  # type: ignore[no-any-return]
 
@@ -104,7 +104,7 @@ class WrappedLinen(bridge.ToNNX):
         if name in _MODES:
             mode = {**dict(vars(self)[_MODE]), name: value}
             name, value = _MODE, tuple(mode.items())
-        super()._setattr(name, value)
+        super()._setattr(name, value)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         held = vars(self).get(HELD)

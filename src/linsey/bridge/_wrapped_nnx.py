@@ -7,7 +7,7 @@ import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import core, linen, nnx
 from flax.nnx import bridge
@@ -23,6 +23,9 @@ from linsey.ir import RNG_COLLECTIONS, BridgeError, format_path
 
 class WrappedNNX(bridge.ToLinen):
     """The base of both `ToLinen`; a face says what is stored and how a call finds it."""
+
+    linsey_call: ClassVar[Any]
+    """The face's own call, by which a backend knows a subclass that changed it."""
 
     @property
     def linsey_made(self) -> nnx.Module | None:
@@ -196,7 +199,7 @@ def make_module(module: WrappedNNX, keys: Mapping[str, Any] | None, where: str) 
     make = module.nnx_class
     if isinstance(make, nnx.Pytree):
         return nnx.clone(make)
-    kwargs = dict(core.unfreeze(module.kwargs))
+    kwargs = dict(core.unfreeze(core.FrozenDict(module.kwargs)))
     where = where or _class_of(make).__name__
     # The Linen modules that it makes are for a ToNNX, and no children of this one.
     with _explaining(where, keys or {}), no_parent():

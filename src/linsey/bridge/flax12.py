@@ -301,7 +301,7 @@ class ToLinen(WrappedNNX):
         return takes_rngs(self.nnx_class)
 
 
-ToLinen.linsey_call = ToLinen.__call__  # by which a backend knows a subclass with its own
+ToLinen.linsey_call = ToLinen.__call__
 
 
 def to_linen(
@@ -362,7 +362,7 @@ def to_linen_class(
     class ToLinenPartial(ToLinen):
         def __init_subclass__(cls, **kwargs: Any) -> None:
             super().__init_subclass__(**kwargs)
-            cls.__init__ = __init__  # type: ignore[method-assign]
+            cls.__init__ = __init__  # type: ignore[assignment]
 
     def __init__(
         self: ToLinen,
@@ -384,5 +384,5 @@ def to_linen_class(
             **own,
         )
 
-    ToLinenPartial.__init__ = __init__  # type: ignore[method-assign]
+    ToLinenPartial.__init__ = __init__  # type: ignore[assignment]
     return ToLinenPartial
