@@ -3,8 +3,8 @@
 from typing import Any
 
 from linsey.backends._record import Backend, Runner
+from linsey.backends.linen.detached import Call, Options, detached
 from linsey.backends.linen.graphdef import GraphDef
-from linsey.backends.linen.host import Options, detached
 from linsey.backends.linen.hosting import Hosting
 from linsey.backends.linen.inner import Inner
 from linsey.ir import Graph, Values
@@ -24,4 +24,4 @@ def _runner(graph: Graph) -> Runner:
 
 backend = Backend(name="linen", emit=_emit, runner=_runner)
 
-__all__ = ["GraphDef", "Hosting", "Inner", "Options", "backend", "detached"]
+__all__ = ["Call", "GraphDef", "Hosting", "Inner", "Options", "backend", "detached"]

@@ -10,6 +10,7 @@ from flax import nnx
 from linsey.backends._decode import abstract_value
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan
+from linsey.ir import describe_class
 
 
 @jax.tree_util.register_static
@@ -45,6 +46,11 @@ class GraphDef(nnx.GraphDef[Any]):
 
     def __hash__(self) -> int:
         return hash(self.spec)
+
+    def __repr__(self) -> str:
+        source = self.spec.entry.source
+        name = "" if source is None else describe_class(source.cls)
+        return f"GraphDef({name}, {self.num_leaves} leaves)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return graphdef, (self.spec,)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import linen
 
-from linsey.backends import _private
 from linsey.backends._spec import HostSpec
-from linsey.backends.linen.hosting import Detached, Hosting
+from linsey.backends.linen.detached import Options, detached
+from linsey.backends.linen.hosting import Hosting
 from linsey.ir import EmitError, HostParts, decode
 
 
@@ -74,66 +74,10 @@ class NNXHost(linen.Module):
         A call at the top does not go through Linen's scopes: see `detached`.
         """
         options = Options(rngs, method, mutable, capture_intermediates)
-        call = detached(self, NNXHost, variables, options, kwargs)
+        call = detached(self, NNXHost.__call__, variables, options, kwargs)
         if call is None:
             return super().apply(variables, *args, **options._asdict(), **kwargs)
         return call(Hosting.of(self.spec), args)
-
-
-class Options(NamedTuple):
-    """The options of ``linen.Module.apply``."""
-
-    rngs: Any
-    method: Any
-    mutable: Any
-    capture_intermediates: Any
-
-
-class Call:
-    """A top-level ``apply`` that needs no scope; see `detached`."""
-
-    def __init__(self, variables: Detached, method: Any, kwargs: dict[str, Any]) -> None:
-        self.variables = variables
-        self._method = method
-        self._kwargs = kwargs
-
-    def __call__(self, hosting: Hosting, args: tuple[Any, ...], **options: Any) -> Any:
-        """Makes the call; `options` are those of `Hosting.run`."""
-        output = hosting.run(self.variables, self._method, args, self._kwargs, **options)
-        return output if self.variables.mutable is False else (output, self.variables.updates())
-
-
-def detached(
-    module: linen.Module,
-    base: type[linen.Module],
-    variables: Any,
-    options: Options,
-    kwargs: Mapping[str, Any],
-) -> Call | None:
-    """An ``apply`` that can do without Linen's scopes; None for one that cannot.
-
-    It cannot when somebody watches, when it captures intermediates, and when the method is no name.
-
-    Args:
-        module: the module.
-        base: its class as linsey wrote it; a lifted class must run its transform.
-        variables: the variables.
-        options: the options of ``apply``.
-        kwargs: keyword arguments of the method.
-    """
-    method, rngs = options.method, options.rngs
-    if (
-        type(module).__call__ is not base.__call__
-        or options.capture_intermediates is not False
-        or not (method is None or isinstance(method, str))
-        or not (rngs is None or isinstance(rngs, Mapping))
-        or not isinstance(variables, Mapping)
-        or _private.is_watched()
-    ):
-        return None
-    rest = dict(kwargs)
-    given = Detached(variables, rngs or {}, options.mutable)
-    return Call(given, rest.pop("nnx_method", method), rest)
 
 
 def _method(name: str, host: NNXHost, *args: Any, **kwargs: Any) -> Any:

@@ -8,13 +8,12 @@ from typing import Any
 
 from flax import linen, nnx
 from flax.core import meta
-from flax.core.scope import in_filter
 
 from linsey import _trees
 from linsey._collections import EPHEMERAL
 from linsey._places import stored_path
-from linsey.backends import _private
 from linsey.backends._spec import HostSpec
+from linsey.backends.linen.detached import Detached
 from linsey.backends.nnx.build import Plan, value_at, wrapper_slots
 from linsey.backends.nnx.emit import new_state, override_streams
 from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
@@ -25,64 +24,6 @@ _FIX = "Pass the variables that came with the module, as init or linsey.to_linen
 
 Box = Callable[[nnx.Variable[Any]], Any]
 """How a Variable that a call made is handed to Linen."""
-
-
-class Detached:
-    """Linen variables outside of any scope: what `Hosting.run` needs of a bound module.
-
-    A top-level ``apply`` through Linen clones the module and makes a scope, which costs more than a
-    small module itself.
-
-    Args:
-        variables: the variables.
-        rngs: keys by stream.
-        mutable: the filter of mutable collections.
-    """
-
-    path: tuple[str, ...] = ()
-
-    def __init__(self, variables: Mapping[str, Any], rngs: Mapping[str, Any], mutable: Any) -> None:
-        self._variables = variables
-        self.rngs = rngs
-        self.mutable = mutable
-        self._drawn: dict[str, int] = {}
-        self._changed: dict[str, dict[str, Any]] = {}
-
-    @property
-    def scope(self) -> Detached:
-        """Itself: it stands for the scope too."""
-        return self
-
-    def is_mutable_collection(self, collection: str) -> bool:
-        """As ``linen.Module.is_mutable_collection``."""
-        return self.mutable is not False and bool(in_filter(self.mutable, collection))
-
-    def get_variable(self, collection: str, name: str, default: Any = None) -> Any:
-        """As ``linen.Module.get_variable``."""
-        tree = self._changed.get(collection)
-        tree = self._variables.get(collection, {}) if tree is None else tree
-        return tree.get(name, default)
-
-    def put_variable(self, collection: str, name: str, value: Any) -> None:
-        """As ``linen.Module.put_variable``."""
-        if collection not in self._changed:
-            self._changed[collection] = dict(self._variables.get(collection, {}))
-        self._changed[collection][name] = value
-
-    def make_rng(self, name: str) -> Any:
-        """As ``linen.Module.make_rng`` at the root."""
-        self._drawn[name] = self._drawn.get(name, 0) + 1
-        return _private.folded(self.rngs[name], self._drawn[name])
-
-    @property
-    def variables(self) -> Mapping[str, Any]:
-        """The variables as they were given."""
-        return self._variables
-
-    def updates(self) -> dict[str, Any]:
-        """The mutable collections after the call."""
-        known = {**self._variables, **self._changed}
-        return {name: tree for name, tree in known.items() if self.is_mutable_collection(name)}
 
 
 class Hosting:

@@ -37,8 +37,8 @@ Array = jax.Array
 Case = Callable[[ModuleType], Any]
 
 pytestmark = [
-    # flax 0.12.12 says so of these methods of every NNX module, whichever bridge is around it.
-    pytest.mark.filterwarnings(r"ignore:Using 'Module\.(sow|perturb)\(:DeprecationWarning"),
+    # flax says so of these methods of every NNX module, whichever bridge is around it.
+    pytest.mark.filterwarnings(r"ignore:\s*Using 'Module\.(sow|perturb)\(:DeprecationWarning"),
 ]
 
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)

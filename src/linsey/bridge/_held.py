@@ -22,11 +22,12 @@ class HeldModule:
         module: the module.
     """
 
-    __slots__ = ("_data", "module")
+    __slots__ = ("_data", "_hash", "module")
 
     def __init__(self, module: linen.Module) -> None:
         self.module = module
         self._data: Any = None
+        self._hash: int | None = None
 
     @property
     def data(self) -> Any:
@@ -41,7 +42,9 @@ class HeldModule:
         return self.module is other.module or bool(self.data == other.data)
 
     def __hash__(self) -> int:
-        return hash(self.data)
+        if self._hash is None:
+            self._hash = hash(self.data)
+        return self._hash
 
     def __repr__(self) -> str:
         return repr(self.module)

@@ -23,6 +23,7 @@ from linsey.frontends import FlaxEncoder
 from linsey.frontends.nnx import made_abstractly, read_module
 from linsey.ir import Path, as_key, format_path
 
+_PLAIN = (bool, int, float, complex, str, bytes, type, type(None))
 _KEPT = 256
 """How many structures are kept; the oldest goes first."""
 
@@ -149,13 +150,16 @@ def forget(module: WrappedNNX) -> None:
 
 def _kept(module: WrappedNNX) -> dict[tuple[str, ...], _Template]:
     config = (module.nnx_class, module.args, module.kwargs, module.skip_rng, module.abstract_init)
-    key: Hashable = config
+    values = (*module.args, *module.kwargs.values())
+    # In Python 1, 1.0 and True are equal; and so are containers of them, and arrays have no hash.
+    is_plain = all(isinstance(value, _PLAIN) or callable(value) for value in values)
+    key = (config, tuple(map(type, values))) if is_plain else None
     try:
-        found = _templates.get(key)
-    except TypeError:  # an array or a list among the arguments
+        found = None if key is None else _templates.get(key)
+    except TypeError:  # a callable object without a hash
         key, found = None, None
     if found is None:
-        # The same again where only functions are other objects, and where nothing can be hashed.
+        # The same again where only functions are other objects.
         found = _templates.setdefault(FlaxEncoder()(config), {})
         if key is not None:
             _templates[key] = found

@@ -11,7 +11,7 @@ from flax.nnx import bridge
 
 from linsey import _boxes
 from linsey.backends import HostSpec
-from linsey.backends.linen import GraphDef, Hosting, Options, detached
+from linsey.backends.linen import Call, GraphDef, Hosting
 from linsey.bridge._wrapped_nnx import WrappedNNX
 from linsey.frontends.nnx import read_module
 from linsey.ir import BridgeError, as_key, format_path
@@ -95,24 +95,11 @@ class ToLinen(WrappedNNX):
         )
 
     @linen.nowrap
-    def apply(
-        self,
-        variables: Any,
-        *args: Any,
-        rngs: Any = None,
-        method: Any = None,
-        mutable: Any = False,
-        capture_intermediates: Any = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Calls a method; see ``linen.Module.apply``."""
-        options = Options(rngs, method, mutable, capture_intermediates)
-        call = detached(self, ToLinen, variables, options, kwargs)
-        if call is None or call.variables.is_mutable_collection(GRAPH_COLLECTION):
-            return super().apply(variables, *args, **options._asdict(), **kwargs)
+    def _hosting(self, call: Call) -> Hosting | None:
+        if call.variables.is_mutable_collection(GRAPH_COLLECTION):
+            return None  # the structure may change: what stores that wants a scope
         graphdef = call.variables.get_variable(GRAPH_COLLECTION, GRAPHDEF)
-        hosting = _hosting(graphdef, variables, ())
-        return call(hosting, args, box=self._box, strict=False)
+        return _hosting(graphdef, call.variables.given, ())
 
     @linen.nowrap
     def _store_graphdef(self, graphdef: GraphDef) -> None:

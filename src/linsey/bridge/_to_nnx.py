@@ -10,7 +10,7 @@ from flax import linen, nnx
 from linsey import _boxes, _trees
 from linsey._collections import kind_of_collection
 from linsey.bridge import _private
-from linsey.bridge._wrapped_linen import HELD, WrappedLinen, drawn, renewed
+from linsey.bridge._wrapped_linen import HELD, WrappedLinen, drawn, renewed, streams_of
 from linsey.ir import BridgeError, LinseyError, Path, format_path
 
 _SUFFIX = "__collection"
@@ -71,7 +71,7 @@ class ToNNX(WrappedLinen):
             return {}
         if not _private.is_initializing(self):
             return drawn(self.rngs)
-        return _trees.key_dict({name: s.key.get_value() for name, s in self.rngs.items()})
+        return _trees.key_dict({name: s.key.get_value() for name, s in streams_of(self.rngs)})
 
     def _collections(self) -> dict[str, Mapping[Any, Any]]:
         return {

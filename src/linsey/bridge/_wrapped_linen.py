@@ -285,10 +285,16 @@ _MISSING = (
 _fold_in = jax.jit(jax.random.fold_in)
 
 
+def streams_of(rngs: nnx.Rngs) -> list[tuple[str, nnx.RngStream]]:
+    """The streams by name. ``rngs.items()`` is a generator, which ``nnx.tabulate`` cannot run."""
+    held = vars(rngs).items()
+    return [(name, stream) for name, stream in held if isinstance(stream, nnx.RngStream)]
+
+
 def drawn(rngs: nnx.Rngs) -> dict[str, Any]:
     """A key from each stream, by Linen's name for it: what ``stream()`` gives, compiled."""
     keys = {}
-    for name, stream in rngs.items():
+    for name, stream in streams_of(rngs):
         if type(stream) is nnx.RngStream:
             count = stream.count.get_value()
             keys[name] = _fold_in(stream.key.get_value(), count)

@@ -14,7 +14,7 @@ from flax.nnx import bridge
 
 from linsey._collections import register
 from linsey.backends import HostSpec, no_parent
-from linsey.backends.linen import Hosting
+from linsey.backends.linen import Call, Hosting, Options, detached
 from linsey.bridge import _lazy
 from linsey.bridge._mode import current_mode
 from linsey.frontends.nnx import parameters_of, read_module
@@ -77,6 +77,30 @@ class WrappedNNX(bridge.ToLinen):
                     " what the factory returns: def make(rngs) -> Model"
                 )
         return linen.Module.__getattr__(self, name)
+
+    @linen.nowrap
+    def _hosting(self, call: Call) -> Hosting | None:
+        """What makes a top-level call without a scope, or None where that cannot be."""
+        raise NotImplementedError
+
+    @linen.nowrap
+    def apply(
+        self,
+        variables: Any,
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        mutable: Any = False,
+        capture_intermediates: Any = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Calls a method; see ``linen.Module.apply``."""
+        options = Options(rngs, method, mutable, capture_intermediates)
+        call = detached(self, type(self).linsey_call, variables, options, kwargs)
+        hosting = None if call is None else self._hosting(call)
+        if call is None or hosting is None:
+            return super().apply(variables, *args, **options._asdict(), **kwargs)
+        return call(hosting, args, box=self._box, strict=False)
 
     @linen.nowrap
     def _box(self, variable: nnx.Variable[Any]) -> Any:

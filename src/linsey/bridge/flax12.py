@@ -34,7 +34,7 @@ from flax.nnx.bridge import (
 from linsey import _boxes
 from linsey._boxes import NNXMeta
 from linsey._collections import collection_of, kind_of_collection
-from linsey.backends.linen import Options, detached
+from linsey.backends.linen import Call, Hosting
 from linsey.bridge import _private
 from linsey.bridge._functional import Functional, functional
 from linsey.bridge._lazy import lazy_init
@@ -260,24 +260,11 @@ class ToLinen(WrappedNNX):
         return structure_of(self, self.variables).run(self, nnx_method, args, kwargs)
 
     @linen.nowrap
-    def apply(
-        self,
-        variables: Any,
-        *args: Any,
-        rngs: Any = None,
-        method: Any = None,
-        mutable: Any = False,
-        capture_intermediates: Any = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Calls a method; see ``linen.Module.apply``."""
-        options = Options(rngs, method, mutable, capture_intermediates)
-        call = detached(self, ToLinen, variables, options, kwargs)
-        if call is not None and not variables.keys() & _ARRAYS:
-            structure = structure_of(self, variables)
-            if structure.is_stored:
-                return call(structure.hosting, args, box=self._box, strict=False)
-        return super().apply(variables, *args, **options._asdict(), **kwargs)
+    def _hosting(self, call: Call) -> Hosting | None:
+        if call.variables.given.keys() & _ARRAYS:
+            return None
+        structure = structure_of(self, call.variables.given)
+        return structure.hosting if structure.is_stored else None
 
     @linen.nowrap
     def get_variable(self, col: str, name: str, default: Any = None) -> Any:
