@@ -29,8 +29,9 @@ from linsey.ir.attributes import (
     describe,
 )
 from linsey.ir.canonical import canonical
+from linsey.ir.closures import reference
 from linsey.ir.decode import Decoder, decode
-from linsey.ir.encode import Encoder, encode, reference
+from linsey.ir.encode import Encoder, encode
 from linsey.ir.errors import (
     BridgeError,
     EmitError,

@@ -6,9 +6,6 @@ import collections
 import dataclasses
 import enum
 import functools
-import inspect
-import operator
-import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,13 +24,12 @@ from linsey.ir.attributes import (
     Instance,
     Live,
     Map,
-    Ref,
     Sequence,
 )
+from linsey.ir.closures import closure_call, reference, tuple_call
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, types.EllipsisType)
 _SEQUENCES: dict[type, str] = {tuple: "tuple", list: "list", set: "set", frozenset: "frozenset"}
-_CLOSURE_MAKERS = ("jax", "flax", "optax")
 _MAX_DEPTH = 64
 _MAX_ARRAY = 4096
 _MAX_VALUES = 100_000
@@ -54,23 +50,6 @@ class _Identity:
 
     def __hash__(self) -> int:
         return id(self.value)
-
-
-def reference(obj: Any) -> Ref | None:
-    """The reference under which `obj` can be imported, or None."""
-    module = getattr(obj, "__module__", None)
-    qualname = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
-    if not isinstance(module, str) or not isinstance(qualname, str) or "<" in qualname:
-        return None
-    # Some types of the interpreter say builtins and live in types: NoneType, FunctionType …
-    for place in (module, "types") if module == "builtins" else (module,):
-        try:
-            found = operator.attrgetter(qualname)(sys.modules[place])
-        except (KeyError, AttributeError):
-            continue
-        if found is obj:
-            return Ref(name=f"{place}:{qualname}", live=obj)
-    return None
 
 
 class Encoder:
@@ -140,13 +119,16 @@ class Encoder:
             return Map(cls=again(type(obj)), items=pairs, live=live)
         if isinstance(obj, np.ndarray | np.generic) or _is_jax_array(obj):
             return _array(obj)
+        made = tuple_call(obj, again)
+        if made is not None:
+            return made
         fields = _constructor_fields(obj)
         if fields is not None:
             return self._instance(obj, fields, again)
         if isinstance(obj, types.FunctionType):
             # Layers share their default initialisers: each is recognised once.
             if id(obj) not in self._closures:
-                self._closures[id(obj)] = (obj, _closure_call(obj, again))
+                self._closures[id(obj)] = (obj, closure_call(obj, again))
             made = self._closures[id(obj)][1]
             if made is not None:
                 return made
@@ -215,45 +197,6 @@ def _constructor_fields(obj: Any) -> list[tuple[str, Any]] | None:
     if isinstance(obj, tuple) and hasattr(obj, "_fields"):
         return list(zip(obj._fields, obj, strict=True))
     return None
-
-
-def _closure_call(fn: types.FunctionType, again: Callable[[Any], AttrValue]) -> Call | None:
-    """The call that made a closure of jax, flax or optax, where it can be told for certain.
-
-    The maker is called again with the captured values, and must give a function with the same code
-    and captures.
-    """
-    module = fn.__globals__.get("__name__", "")
-    outer, nested, _ = fn.__code__.co_qualname.partition(".<locals>.")
-    if not nested or module.split(".")[0] not in _CLOSURE_MAKERS or not fn.__closure__:
-        return None
-    try:
-        maker = operator.attrgetter(outer)(sys.modules[module])
-        parameters = inspect.signature(maker).parameters
-        captured = {
-            name: cell.cell_contents
-            for name, cell in zip(fn.__code__.co_freevars, fn.__closure__, strict=True)
-        }
-        if not captured.keys() <= parameters.keys():
-            return None
-        # A maker may also pass an argument on as a default of what it makes (dtype, say).
-        for name, parameter in inspect.signature(fn, follow_wrapped=False).parameters.items():
-            if name in parameters and parameter.default is not parameter.empty:
-                captured.setdefault(name, parameter.default)
-        made = maker(**captured)
-    except Exception:
-        return None
-    function = reference(maker)
-    if function is None or getattr(made, "__code__", None) != fn.__code__:
-        return None
-    parts = [
-        [[cell.cell_contents for cell in each.__closure__ or ()], each.__defaults__]
-        for each in (made, fn)
-    ]
-    if again(parts[0]) != again(parts[1]):
-        return None
-    kwargs = tuple((name, again(value)) for name, value in captured.items())
-    return Call(function=function, kwargs=kwargs, live=fn)
 
 
 def _live_value(obj: Any, encode: Encoder, depth: int) -> Live:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import nnx, serialization
 
 from linsey.backends._decode import abstract_value
 from linsey.backends._spec import HostSpec
@@ -54,6 +54,10 @@ class GraphDef(nnx.GraphDef[Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return graphdef, (self.spec,)
+
+
+# Structure is no state: a checkpoint of flax leaves it out, and gives back that of its target.
+serialization.register_serialization_state(GraphDef, lambda _: {}, lambda target, _: target)
 
 
 def graphdef(spec: HostSpec) -> GraphDef:

@@ -6,7 +6,7 @@ from linsey.backends._record import Backend, Runner
 from linsey.ir import Graph, Values
 
 
-def build(graph: Graph, values: Values | None) -> Any:
+def module_of(graph: Graph, values: Values | None) -> Any:
     """The NNX module of a graph; abstract when there are no values."""
     from linsey.backends.nnx import emit
 
@@ -27,4 +27,4 @@ def _runner(graph: Graph) -> Runner:
 
 backend = Backend(name="nnx", emit=_emit, runner=_runner)
 
-__all__ = ["backend", "build"]
+__all__ = ["backend", "module_of"]

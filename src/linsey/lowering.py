@@ -8,7 +8,7 @@ from typing import Any
 from flax import linen, nnx
 
 from linsey import _trees, plugins
-from linsey.backends.nnx import build
+from linsey.backends.nnx import module_of
 from linsey.frontends import Frontend, Lowered, Request
 from linsey.frontends.nnx.lower import lower_factory
 from linsey.program import Program
@@ -112,7 +112,7 @@ def to_nnx(
     program = lower(source, *args, rngs=given, variables=variables, method=method, **kwargs)
     if program.values is None:
         program = program.init(given)
-    model = build(program.graph, program.values)
+    model = module_of(program.graph, program.values)
     if is_linen:
         _give_streams(model, program, streams)
     return model

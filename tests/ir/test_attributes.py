@@ -617,3 +617,71 @@ def test_values_are_immutable() -> None:
         name = dataclasses.fields(value)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, name, None)
+
+
+TRANSFORMATIONS = {
+    "adamw": lambda: optax.adamw(0.1, weight_decay=0.01),
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.lion(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_an_optax_transformation_is_data_that_another_process_can_use(name):
+    transformation = TRANSFORMATIONS[name]()
+    value = pickle.loads(pickle.dumps(encode(transformation)))
+    again = decode(value)
+    assert again is not transformation
+
+    params = {"w": jnp.arange(1.0, 4.0), "b": jnp.float32(2.0)}
+    for made in (transformation, again):
+        assert type(made) is type(transformation)
+    steps = [
+        made.update(jax.tree.map(jnp.sin, params), made.init(params), params)
+        for made in (transformation, again)
+    ]
+    assert_same(*steps)
+
+
+def test_equal_optax_transformations_are_equal_data_and_others_are_not():
+    assert encode(optax.adamw(0.1)) == encode(optax.adamw(0.1))
+    assert encode(optax.adamw(0.1)) != encode(optax.adamw(0.2))
+    assert encode(optax.adamw(0.1)) != encode(optax.adamw(0.1, b1=0.8))
+
+
+def test_what_cannot_be_data_is_found_again_by_a_pickle_of_the_same_process():
+    scale = 3
+
+    def local(x: int) -> int:
+        return scale * x
+
+    value = encode((local, 1))
+    again = pickle.loads(pickle.dumps(value))
+    assert again == value
+    assert decode(again)[0] is local
+
+
+def test_what_cannot_be_data_is_not_kept_alive_by_its_pickle():
+    def made() -> bytes:
+        value = encode(lambda x: x)
+        return pickle.dumps(value)
+
+    data = made()
+    again = pickle.loads(data)
+    with pytest.raises(LinseyError, match="exists only in the process that lowered it"):
+        decode(again)
+
+
+def test_what_cannot_be_data_is_an_error_in_another_process():
+    data = pickle.dumps(encode(lambda x: x))
+    code = f"""
+import pickle
+from linsey.ir import LinseyError, decode
+try:
+    decode(pickle.loads({data!r}))
+except LinseyError as error:
+    assert "<lambda>" in str(error)
+else:
+    raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

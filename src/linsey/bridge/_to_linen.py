@@ -151,7 +151,8 @@ def _hosting(graphdef: Any, variables: Mapping[str, Any], where: tuple[str, ...]
             path=format_path((GRAPH_COLLECTION, *where, GRAPHDEF)),
             fix="Pass all the variables that init returned. A lifted transform must pass them on"
             " too: variable_axes={'params': 0, 'nnx': None}, or variable_broadcast='nnx' for"
-            " nn.scan.",
+            " nn.scan. A checkpoint holds arrays only: take this from"
+            " jax.eval_shape(model.init, key, x)['nnx'].",
         )
     hosting = Hosting.of(graphdef.spec)
     unknown = hosting.unknown(variables)

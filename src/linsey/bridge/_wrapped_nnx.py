@@ -117,7 +117,7 @@ class WrappedNNX(bridge.ToLinen):
         """
         assert self.scope is not None
         made = _construct(self)
-        where = format_path(self.path) or _class_of(self.nnx_class).__name__
+        where = format_path(self.path) or _name_of(self.nnx_class)
         with _explaining(where, self.scope.rngs):
             output = _initial_call(made, method, args, kwargs)
         graph, values = read_module(made)
@@ -155,14 +155,14 @@ def _call_method(name: str, module: WrappedNNX, *args: Any, **kwargs: Any) -> An
     return module(*args, nnx_method=name, **kwargs)
 
 
-def _class_of(make: Any) -> Any:
-    return make if isinstance(make, type) else type(make)
+def _name_of(make: Any) -> str:
+    return getattr(getattr(make, "func", make), "__name__", type(make).__name__)
 
 
 def _made_class(make: Any) -> Any:
     """The class of what a class, a module or a factory makes; None where nothing tells."""
-    if isinstance(make, type | nnx.Pytree):
-        return _class_of(make)
+    if isinstance(make, nnx.Pytree):
+        return type(make)
     make = getattr(make, "func", make)
     if isinstance(make, type):
         return make
@@ -224,7 +224,7 @@ def make_module(module: WrappedNNX, keys: Mapping[str, Any] | None, where: str) 
     if isinstance(make, nnx.Pytree):
         return nnx.clone(make)
     kwargs = dict(core.unfreeze(core.FrozenDict(module.kwargs)))
-    where = where or _class_of(make).__name__
+    where = where or _name_of(make)
     # The Linen modules that it makes are for a ToNNX, and no children of this one.
     with _explaining(where, keys or {}), no_parent():
         made = _made(make, module.args, kwargs, keys)
