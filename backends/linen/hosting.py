@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from flax import linen, nnx
 from flax.core import meta
 
 from linsey import _trees
-from linsey._collections import EPHEMERAL
+from linsey._collections import unboxed
 from linsey._places import stored_path
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.detached import Detached
 from linsey.backends.nnx.build import Plan, value_at, wrapper_slots
 from linsey.backends.nnx.emit import new_state, override_streams
 from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
+from linsey.ir.reserved import GRAPH_COLLECTION
 
 MISSING = object()
 """Stands for a variable that is not there."""
 _FIX = "Pass the variables that came with the module, as init or linsey.to_linen returned them."
+
+_FRESH = frozenset({GRAPH_COLLECTION, "intermediates", "perturbations"})
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
+_LEAF: Mapping[Any, Any] = MappingProxyType({})
 
 Box = Callable[[nnx.Variable[Any]], Any]
 """How a Variable that a call made is handed to Linen."""
@@ -48,8 +54,9 @@ class Hosting:
         self._names: dict[str, Any] = {}
         for place in self.places.values():
             holder: dict[Any, Any] = self._names
-            for name in place:
+            for name in place[:-1]:
                 holder = holder.setdefault(name, {})
+            holder[place[-1]] = _LEAF
         self._streams = {s.name for s in spec.graph.streams if s.derivation == "count"}
 
     @staticmethod
@@ -75,22 +82,27 @@ class Hosting:
         )
 
     def unknown(self, variables: Mapping[str, Any]) -> Path | None:
-        """A variable that the module does not have, in a collection that it has, or None.
+        """A variable that the module does not have, or None.
 
-        What calls make anew is left out: ``intermediates``, ``cache``, ``perturbations``.
+        What calls make anew is left out: ``intermediates``, ``perturbations``, and the tuples that
+        ``sow`` makes in other collections.
         """
 
         def first(tree: Any, names: Mapping[Any, Any], path: Path) -> Path | None:
-            if not names or not isinstance(tree, Mapping):
+            if not isinstance(tree, Mapping):
+                is_leaf = names is _LEAF or isinstance(unboxed(tree), tuple)
+                return None if is_leaf else path
+            if names is _LEAF:  # its value is a dict
                 return None
-            for name in tree.keys() - names.keys():
-                return (*path, name)
-            found = (first(tree[name], names[name], (*path, name)) for name in tree)
+            found = (first(tree[name], names.get(name, _NOTHING), (*path, name)) for name in tree)
             return next((path for path in found if path is not None), None)
 
-        collections = (name for name in variables if name in self._names and name not in EPHEMERAL)
-        found = (first(variables[name], self._names[name], (name,)) for name in collections)
-        return next((path for path in found if path is not None), None)
+        for name, tree in variables.items():
+            if name not in _FRESH:
+                found = first(tree, self._names.get(name, _NOTHING), (name,))
+                if found is not None:
+                    return found
+        return None
 
     def run(
         self,

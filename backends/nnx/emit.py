@@ -115,7 +115,7 @@ def new_state(
     known: set[Path],
     box: Callable[[nnx.Variable[Any]], Any] = nnx.Variable.get_raw_value,
 ) -> dict[str, Any]:
-    """The Variables that a call made, as nested dicts by collection.
+    """The Variables and arrays that a call made, as nested dicts by collection.
 
     Args:
         module: the module.
@@ -124,12 +124,13 @@ def new_state(
     """
     extra: dict[str, Any] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(module)):
-        if path in known or not isinstance(leaf, nnx.Variable):
+        if path in known:
             continue
-        holder = extra.setdefault(collection_of(type(leaf)), {})
+        is_variable = isinstance(leaf, nnx.Variable)
+        holder = extra.setdefault(collection_of(type(leaf)) if is_variable else "arrays", {})
         for name in path[:-1]:
             holder = holder.setdefault(name, {})
-        holder[path[-1]] = box(leaf)
+        holder[path[-1]] = box(leaf) if isinstance(leaf, nnx.Variable) else leaf
     return extra
 
 

@@ -499,8 +499,34 @@ def test_to_linen_with_a_plain_value_where_a_tree_is() -> None:
 
     module = bridge.to_linen(Nested)
     variables = module.init(KEY, X)
-    with pytest.raises(EmitError, match="the variable is missing"):
+    with pytest.raises(BridgeError, match="at params/linear: the module has no such variable"):
         module.apply({**variables, "params": {"linear": jnp.ones(3)}}, X)
+
+
+def test_to_linen_with_a_collection_that_a_call_made_and_the_structure_does_not_know() -> None:
+    class Grows(nnx.Module):
+        def __call__(self, x: Array) -> Array:
+            if not hasattr(self, "count"):
+                self.count = nnx.BatchStat(jnp.zeros(()))
+            self.count[...] += 1
+            return x * self.count[...]
+
+    module = bridge.to_linen(Grows)
+    variables = module.init({}, X)
+    _, updates = module.apply(variables, X, mutable=["batch_stats"])
+    with pytest.raises(BridgeError, match=r"at batch_stats/count: the module has no such variable"):
+        module.apply({**variables, **updates}, X)
+    _, updates = module.apply(variables, X, mutable=["batch_stats", "nnx"])
+    y, _ = module.apply({**variables, **updates}, X, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, 2 * X)
+
+
+def test_to_nnx_from_outside_of_the_trace_that_calls_it() -> None:
+    model = bridge.ToNNX(nn.Dense(2), rngs=nnx.Rngs(0)).lazy_init(X)
+    with pytest.raises(BridgeError, match="made outside of the trace") as caught:
+        jax.jit(lambda x: model(x))(X)
+    assert "rngs=" in caught.value.fix
+    np.testing.assert_array_equal(jax.jit(lambda x: model(x, rngs={}))(X), model(X))
 
 
 # --------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
     """Initialises the Linen modules inside an NNX module by calling it once.
 
     It stands where Linen code calls ``module.init``. Every `ToNNX` that the call reaches gets its
-    variables; one that it reaches twice keeps those of the first time. Variables that a ToNNX had
-    before are made anew.
+    variables, and what it sows. Variables that are there already stay as they are: a model that
+    gets a new part is completed by it, and not trained anew.
 
     Args:
         fn: an NNX module, a `ToNNX`, or a bound method of one (``model.decode``).

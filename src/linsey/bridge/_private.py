@@ -54,6 +54,7 @@ def init_onto(
     module: linen.Module,
     variables: Mapping[str, Any],
     rngs: Mapping[str, Any],
+    mutable: Any,
     method: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -70,7 +71,6 @@ def init_onto(
             return getattr(bound, method or "__call__")(*args, **kwargs)
         return getattr(method, "__func__", method)(bound, *args, **kwargs)
 
-    mutable = core.DenyList("intermediates")
     made: tuple[Any, Any] = core.apply(run, mutable=mutable, flags={"initializing": True})(
         variables, rngs=rngs
     )

@@ -24,6 +24,8 @@ from linsey.frontends.nnx import made_abstractly, read_module
 from linsey.ir import Path, as_key, format_path
 
 _PLAIN = (bool, int, float, complex, str, bytes, type, type(None))
+BARE_ARRAYS = frozenset({"ArrayImpl", "ndarray"})
+"""Where flax's ToLinen stores an array that is no Variable: in the collection of its type."""
 _KEPT = 256
 """How many structures are kept; the oldest goes first."""
 
@@ -131,7 +133,8 @@ def structure_of(module: WrappedNNX, variables: Mapping[str, Any]) -> Structure:
     if streams not in kept:
         kept[streams] = _template(module, streams)
     structure = kept[streams].structure(variables)
-    unknown = structure.hosting.unknown(variables)
+    kept_apart = {name: tree for name, tree in variables.items() if name not in BARE_ARRAYS}
+    unknown = structure.hosting.unknown(kept_apart)
     if unknown is not None:
         warnings.warn(
             f"Found unknown module paths in incoming state:\n  - {format_path(unknown[1:])}",

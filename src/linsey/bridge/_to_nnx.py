@@ -24,7 +24,7 @@ class ToNNX(WrappedLinen):
     collection whose name is taken by the class (``eval``, ``rngs``) is ``eval__collection``.
 
     All methods of the Linen module can be called, and a call may change state with no more ado:
-    batch statistics are updated, and what it sows is kept, that of the last call only. See
+    batch statistics are updated, and what it sows is kept, without what earlier calls sowed. See
     `__call__` for ``mutable``, ``rngs`` and ``method``.
 
     Args:
@@ -85,7 +85,8 @@ class ToNNX(WrappedLinen):
 
     def _keep(self, collection: str, tree: Mapping[Any, Any]) -> None:
         old = self._collections().get(collection)
-        new = _variables(kind_of_collection(collection), old, tree)
+        is_sown = collection == "intermediates"
+        new = _variables(kind_of_collection(collection), old, tree, is_sown=is_sown)
         if new is not old:
             setattr(self, _attribute(collection), nnx.data(new))
 
@@ -140,9 +141,8 @@ def _values(tree: Any, path: Path) -> Any:
         return _boxes.boxed(tree)
     if isinstance(tree, Mapping):
         return {name: _values(tree[name], (*path, name)) for name in tree}
-    if isinstance(tree, tuple | list):
-        items = [_values(item, (*path, number)) for number, item in enumerate(tree)]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if type(tree) is tuple:
+        return tuple(_values(item, path) for item in tree)
     raise BridgeError(
         f"found {type(tree).__name__}, expected a Variable",
         path=format_path(path),
@@ -150,19 +150,21 @@ def _values(tree: Any, path: Path) -> Any:
     )
 
 
-def _variables(kind: type[nnx.Variable[Any]], old: Any, new: Any) -> Any:
+def _variables(kind: type[nnx.Variable[Any]], old: Any, new: Any, *, is_sown: bool) -> Any:
     """The Variables for Linen variables, nested alike; `old` itself where nothing is new in it."""
     if isinstance(new, Mapping):
         held = old if isinstance(old, Mapping) else {}
-        made = {name: _variables(kind, held.get(name), value) for name, value in new.items()}
+        made = {
+            name: _variables(kind, held.get(name), value, is_sown=is_sown)
+            for name, value in new.items()
+        }
         if isinstance(old, Mapping) and all(held.get(name) is made[name] for name in made):
             return old
         return {**held, **made}
-    if isinstance(new, tuple | list):
-        fits = type(old) is type(new) and len(old) == len(new)
-        before = old if fits else [None] * len(new)
-        items = [_variables(kind, was, value) for was, value in zip(before, new, strict=True)]
-        if fits and all(was is now for was, now in zip(old, items, strict=True)):
-            return old
-        return type(new)(*items) if hasattr(new, "_fields") else type(new)(items)
+    if is_sown and type(new) is tuple:
+        if type(old) is not tuple or len(old) != len(new):
+            return tuple(renewed(kind, None, value) for value in new)
+        for variable, value in zip(old, new, strict=True):
+            renewed(kind, variable, value)
+        return old
     return renewed(kind, old, new)

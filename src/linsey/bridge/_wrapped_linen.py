@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-from flax import errors, linen, nnx
+from flax import core, errors, linen, nnx
 from flax.nnx import bridge
 
 from linsey import _boxes, _trees
@@ -40,6 +40,9 @@ class WrappedLinen(bridge.ToNNX):
 
     _mode_goes_first = True
     """Whether ``train()`` and ``eval()`` go before what a Linen module was made with."""
+
+    _keeps_variables = True
+    """Whether initialisation keeps the variables that are there already."""
 
     def _own_keys(self) -> dict[str, Any]:
         """A key from each of the module's own streams, by Linen's name for it."""
@@ -99,6 +102,19 @@ class WrappedLinen(bridge.ToNNX):
     def use_running_average(self) -> bool | None:
         """What ``train``, ``eval`` or ``set_attributes`` said last; None before."""
         return dict(vars(self).get(_MODE, ())).get("use_running_average")
+
+    def set_view(
+        self, deterministic: bool | None = None, use_running_average: bool | None = None
+    ) -> None:
+        """Sets the mode of the Linen modules inside; ``nnx.view`` calls it.
+
+        Args:
+            deterministic: whether dropout is off.
+            use_running_average: whether batch norms use the stored statistics.
+        """
+        for name, value in zip(_MODES, (deterministic, use_running_average), strict=True):
+            if value is not None:
+                setattr(self, name, value)
 
     def _setattr(self, name: str, value: Any) -> None:
         if name in _MODES:
@@ -175,7 +191,7 @@ class WrappedLinen(bridge.ToNNX):
         )
 
     def _call(self, *args: Any, rngs: Any, method: Any, mutable: Any, **kwargs: Any) -> Any:
-        keys = self._own_keys() if rngs is None else _trees.key_dict(rngs)
+        keys = self._keys() if rngs is None else _trees.key_dict(rngs)
         mode = dict(vars(self)[_MODE])
         if mode and self._mode_goes_first:
             kwargs = with_mode(self.to_nnx__module, method, mode, args, kwargs)
@@ -187,11 +203,26 @@ class WrappedLinen(bridge.ToNNX):
         except _MISSING as error:
             raise self._explained(error, keys) from error
 
+    def _keys(self) -> dict[str, Any]:
+        try:
+            return self._own_keys()
+        except errors.TraceContextError as error:
+            raise BridgeError(
+                "its streams cannot advance: it was made outside of the trace that calls it",
+                path=self._name(),
+                fix="Give the model to the function as an argument (nnx.jit, nnx.grad), or pass"
+                " rngs= to the call: keys, or {} where it draws none.",
+            ) from error
+
     def _init(self, keys: Any, method: Any, args: Any, kwargs: Any) -> Any:
-        before = self._linen_variables() if _lazy.was_initialized(self) else {}
+        is_kept = self._keeps_variables or _lazy.was_initialized(self)
+        before = self._linen_variables() if is_kept else {}
+        mutable = True if self._keeps_sown() else core.DenyList("intermediates")
         module = self.to_nnx__module
         with _private.watching_sow() as sown:
-            output, variables = _private.init_onto(module, before, keys, method, args, kwargs)
+            output, variables = _private.init_onto(
+                module, before, keys, mutable, method, args, kwargs
+            )
         self._store(variables, sown)
         _lazy.note_initialized(self)
         return output

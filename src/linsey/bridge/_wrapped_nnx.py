@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -152,7 +153,10 @@ class WrappedNNX(bridge.ToLinen):
 
 
 def _call_method(name: str, module: WrappedNNX, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, nnx_method=name, **kwargs)
+    call = type(module).__call__
+    if "nnx_method" not in inspect.signature(call).parameters:
+        call = type(module).linsey_call  # a subclass changes what a plain call does, and no more
+    return call(module, *args, nnx_method=name, **kwargs)
 
 
 def _name_of(make: Any) -> str:

@@ -39,7 +39,7 @@ from linsey.bridge import _private
 from linsey.bridge._functional import Functional, functional
 from linsey.bridge._lazy import lazy_init
 from linsey.bridge._registry import with_partitioning
-from linsey.bridge._structure import forget, structure_of
+from linsey.bridge._structure import BARE_ARRAYS, forget, structure_of
 from linsey.bridge._wrapped_linen import HELD, WrappedLinen, drawn, flat, renewed
 from linsey.bridge._wrapped_nnx import WrappedNNX, takes_rngs
 from linsey.ir import BridgeError, Path, format_path
@@ -67,8 +67,6 @@ __all__ = [
 
 _NAMES = "to_nnx__names"
 _MODULE = ("name", "parent", "abstract_init")
-_ARRAYS = frozenset({"ArrayImpl", "ndarray"})
-"""Where flax's ToLinen stores an array that is no Variable: in the collection of its type."""
 
 to_linen_var = _boxes.boxed
 """How a Variable is handed to Linen: see `linsey.bridge.flax12.ToLinen`."""
@@ -96,6 +94,7 @@ class ToNNX(WrappedLinen):
         (3, 2)
     """
 
+    _keeps_variables = False
     _mode_goes_first = False  # in flax 0.12 train() and eval() do not reach Linen modules
 
     def __init__(self, module: linen.Module, rngs: nnx.Rngs | jax.Array | None = None) -> None:
@@ -105,6 +104,8 @@ class ToNNX(WrappedLinen):
         self.to_nnx__rngs = nnx.Rngs(params=rngs) if isinstance(rngs, jax.Array) else rngs
 
     def _keeps_sown(self) -> bool:
+        if _private.is_initializing(self):
+            return False  # as ``Module.init``: a checkpoint holds none
         # Under a trace a new attribute breaks what worked with flax: a carry, a branch.
         return _private.is_eager() or "intermediates" in self._variables()
 
@@ -261,7 +262,7 @@ class ToLinen(WrappedNNX):
 
     @linen.nowrap
     def _hosting(self, call: Call) -> Hosting | None:
-        if call.variables.given.keys() & _ARRAYS:
+        if call.variables.given.keys() & BARE_ARRAYS:
             return None
         structure = structure_of(self, call.variables.given)
         return structure.hosting if structure.is_stored else None
@@ -270,7 +271,7 @@ class ToLinen(WrappedNNX):
     def get_variable(self, col: str, name: str, default: Any = None) -> Any:
         """As ``linen.Module.get_variable``; finds bare arrays where flax puts them too."""
         if col == "arrays" and not self.has_variable(col, name):
-            col = next((other for other in _ARRAYS if self.has_variable(other, name)), col)
+            col = next((other for other in BARE_ARRAYS if self.has_variable(other, name)), col)
         return super().get_variable(col, name, default)
 
     @linen.nowrap
