@@ -48,6 +48,9 @@ class Watcher:
         """A lifted transform is about to slice variables along a stacked axis."""
         return params
 
+    def stands_for(self, copy: Any, wrapper: Any) -> None:
+        """A ``bridge.ToNNX`` that was called is a copy of another, which is the one to know."""
+
     def call_to_nnx(self, wrapper: Any, run: functools.partial[Any]) -> Any:
         """A ``bridge.ToNNX`` is called."""
         return run()
@@ -163,6 +166,12 @@ class _Meta:
 def _call_to_nnx(self: Any, *args: Any, **kwargs: Any) -> Any:
     run = functools.partial(_originals[wrappers.ToNNX, "__call__"], self, *args, **kwargs)
     return watched_call(run)
+
+
+def stands_for(copy: Any, wrapper: Any) -> None:
+    """Tells the watcher at work that a ToNNX which was called is a copy of another."""
+    if _active.watcher is not None:
+        _active.watcher.stands_for(copy, wrapper)
 
 
 def watched_call(run: functools.partial[Any]) -> Any:

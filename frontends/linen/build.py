@@ -95,6 +95,12 @@ class Region:
             if seen.nnx is None:
                 continue
             number, inner = self._node_of[path], (*self._prefix, *path)
+            if isinstance(seen.nnx, nnx.bridge.ToNNX):
+                raise LoweringError(
+                    "found a ToNNX with nothing between it and the ToLinen around it",
+                    path=format_path(inner) or type(seen.instance).__name__,
+                    fix="Use the Linen module as it is: it needs neither.",
+                )
             wrapper = Wrapper(
                 cls=self.encode(type(seen.instance)),
                 attrs=self.wrapper_attributes(path, self.encode.fields(seen.instance)),

@@ -147,6 +147,11 @@ class Observer(_private.Watcher):
         finally:
             self._inside.pop()
 
+    def stands_for(self, copy: Any, wrapper: Any) -> None:
+        """Keeps what was seen in a copy of a ToNNX under the original."""
+        nested = (self._inside[-1] if self._inside else self).nested
+        nested[:] = [(wrapper if seen is copy else seen, inner) for seen, inner in nested]
+
     def call(self, module: Any, method: Any, run: Any, args: Any, kwargs: Any) -> Any:
         """Notes a call of a Linen method, and runs it."""
         if self._inside:

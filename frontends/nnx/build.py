@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -39,6 +39,8 @@ from linsey.ir.reserved import KEYS, NAMES, NODES, STATE, TREE
 
 _MAX_ALIASES = 8
 
+Named = Iterable[tuple[Key, int]]
+"""Slots or children of a node: name and index."""
 SlotOf = Callable[[nnx.Variable[Any], Path], int | None]
 
 
@@ -200,6 +202,12 @@ class Walker:
 
         impl: Any = _private.get_node_impl(wrapper)
         items, _ = impl.flatten(wrapper)
+        if isinstance(wrapper.to_nnx__module, bridge.ToLinen):
+            raise LoweringError(
+                "found a ToLinen with nothing between it and the ToNNX around it",
+                path=format_path(path),
+                fix="Use the NNX module as it is: it needs neither.",
+            )
         variables = wrapped_variables(wrapper)
         kept = _own_attributes(wrapper)
         own = Draft()
@@ -299,18 +307,29 @@ class Walker:
     def _restore_below(self, number: int, graph: Graph, was: int) -> None:
         """The same for an NNX child, and all below it that is still there."""
         draft, node = self._builder.nodes[number], graph.nodes[was]
-        before = dict(node.slots)
-        for name, slot in draft.slots:
+        own, wrapper = draft.wrapper, node.wrapper
+        if own is None:  # that of a ToNNX is here again, that of a ToLinen is not
+            draft.wrapper = wrapper
+        elif wrapper is not None:
+            self._restore_slots(own.slots, graph, wrapper.slots)
+            self._restore_children(own.children, graph, wrapper.children)
+        self._restore_slots(draft.slots, graph, node.slots)
+        self._restore_children(tuple(draft.children.items()), graph, node.children)
+
+    def _restore_slots(self, slots: Named, graph: Graph, were: Named) -> None:
+        before = dict(were)
+        for name, slot in slots:
             if name in before:
                 now, old = self._builder.slots[slot], graph.slots[before[name]]
                 self._builder.slots[slot] = dataclasses.replace(
                     now, box=old.box, stack=_moved_stack(old, now), lifetime=old.lifetime
                 )
-        children = dict(node.children)
-        draft.wrapper = node.wrapper
-        for name, child in draft.children.items():
-            if name in children:
-                self._restore_below(child, graph, children[name])
+
+    def _restore_children(self, children: Named, graph: Graph, were: Named) -> None:
+        before = dict(were)
+        for name, child in children:
+            if name in before:
+                self._restore_below(child, graph, before[name])
 
     def _alias(self, number: int, first: Path, path: Path) -> None:
         """Notes that a node, and so every slot below it, is also found at another path."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,13 +14,14 @@ from flax import nnx
 from flax.nnx import bridge
 
 from linsey import _trees
-from linsey.frontends import _private
+from linsey._places import attribute_paths
 from linsey.frontends._builder import Builder
 from linsey.frontends._record import Lowered, Request
+from linsey.frontends._session import initializing
 from linsey.frontends.linen.build import signature
 from linsey.frontends.linen.observe import Call, Observer, observing
 from linsey.frontends.nnx.build import Walker, wrapped_variables
-from linsey.ir import Graph, LoweringError, Values, slot_index
+from linsey.ir import Graph, LoweringError, Values, as_key, slot_index
 
 _NO_VALUE = object()
 
@@ -254,12 +256,8 @@ def _lazy_init(model: Any, request: Request) -> None:
         return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
 
     args, kwargs = jax.tree.map(concrete, (request.args, request.kwargs))
-    with observing(Observer()):
-        _private.set_initializing(model, True)
-        try:
-            _method(model, request.method)(*args, **kwargs)
-        finally:
-            _private.set_initializing(model, False)
+    with observing(Observer()), initializing(model):
+        _method(model, request.method)(*args, **kwargs)
 
 
 def _method(model: Any, method: Any) -> Callable[..., Any]:
@@ -289,11 +287,8 @@ def _trace(
     def run(state: Any, dynamic: tuple[Any, ...]) -> Any:
         args, kwargs = arguments.merge(dynamic)
         copy = nnx.merge(graphdef, state)
-        if lazy:
-            _private.set_initializing(copy, True)
-        output = _method(copy, request.method)(*args, **kwargs)
-        if lazy:
-            _private.set_initializing(copy, False)
+        with initializing(copy) if lazy else contextlib.nullcontext():
+            output = _method(copy, request.method)(*args, **kwargs)
         call = Call(name if isinstance(name, str) else name.__name__, args, kwargs, output)
         kept.extend((copy, call))
         return ()
@@ -356,6 +351,12 @@ def _same(graph: Graph, model: Any) -> Values:
     other, arrays = _walk(model, {}, {})
     found = dict(zip((slot.key for slot in other.slots), arrays, strict=True))
     found |= {slot.key: _trees.placeholder(slot) for slot in graph.slots if slot.is_derived}
+    # Inside Linen code that nobody watched, the objects tell no more than where a variable lies.
+    leaves = {tuple(map(as_key, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    for number, path in attribute_paths(graph, graph.root).items():
+        leaf, slot = leaves.get(tuple(map(as_key, path))), graph.slots[number]
+        if leaf is not None and slot.key not in found:
+            found[slot.key] = leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
     missing = [slot.key for slot in graph.slots if slot.key not in found]
     if missing:
         raise LoweringError(

@@ -113,7 +113,7 @@ def to_nnx(
     if program.values is None:
         program = program.init(given)
     model = module_of(program.graph, program.values)
-    if is_linen:
+    if is_linen and hasattr(model, "linsey_streams"):  # the NNX module of a ToLinen has its own
         _give_streams(model, program, streams)
     return model
 

@@ -1,47 +1,13 @@
-"""`lazy_init`, and what holds while one runs."""
+"""`lazy_init`."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
 
-from linsey.bridge import _private
+from linsey.frontends import initializing
 from linsey.ir import BridgeError
-
-
-class _Session(threading.local):
-    ready: dict[int, Any] | None = None
-
-
-_session = _Session()
-
-
-def was_initialized(module: Any) -> bool:
-    """Whether the `lazy_init` that runs now has come to this module before."""
-    return _session.ready is not None and id(module) in _session.ready
-
-
-def note_initialized(module: Any) -> None:
-    """Notes that the `lazy_init` that runs now has come to this module."""
-    if _session.ready is not None:
-        _session.ready[id(module)] = module  # held, so that no other object gets its id
-
-
-@contextlib.contextmanager
-def initializing(module: nnx.Module) -> Iterator[None]:
-    """Inside the block, a call of the module initialises every ToNNX in it that it reaches."""
-    previous = _session.ready
-    _session.ready = {} if previous is None else previous
-    _private.set_initializing(module, True)
-    try:
-        yield
-    finally:
-        _private.set_initializing(module, False)
-        _session.ready = previous
 
 
 def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:

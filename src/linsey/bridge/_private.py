@@ -13,14 +13,7 @@ from typing import Any
 
 from flax import core, linen
 from flax.linen import module as linen_module
-from flax.nnx.bridge import wrappers
 from jax._src.core import trace_state_clean
-
-# `bridge.lazy_init` sets this flag around one call, and has no public setter.
-set_initializing = wrappers._set_initializing
-
-# Not exported by flax.nnx.bridge; people import it from here.
-flax_to_linen_class = wrappers.to_linen_class
 
 
 def is_initializing(module: Any) -> bool:

@@ -13,10 +13,10 @@ from flax.nnx import bridge
 
 from linsey import _boxes, _trees
 from linsey._collections import unboxed
-from linsey.bridge import _lazy, _private
+from linsey.bridge import _private
 from linsey.bridge._held import HeldModule
 from linsey.bridge._mode import setting, with_mode
-from linsey.frontends import watched_call
+from linsey.frontends import note_initialized, was_initialized, watched_call
 from linsey.ir import BridgeError, Path
 from linsey.ir.reserved import GRAPH_COLLECTION
 
@@ -24,7 +24,8 @@ HELD = "to_nnx__held"
 """The attribute that holds the Linen module."""
 _MODE = "to_nnx__mode"
 _SOWN = "to_nnx__sown"
-_GRAPHDEFS = "to_nnx__graphdefs"
+GRAPHDEFS = "to_nnx__graphdefs"
+"""The attribute that holds the graphdefs of each ToLinen inside, by path."""
 _MODES = ("deterministic", "use_running_average")
 _NOT_BY_DEFAULT = frozenset({"params", "perturbations"})
 
@@ -70,7 +71,7 @@ class WrappedLinen(bridge.ToNNX):
             setattr(self, *self.linsey_hold(module))
             setattr(self, _MODE, ())
             setattr(self, _SOWN, ())
-            setattr(self, _GRAPHDEFS, ())
+            setattr(self, GRAPHDEFS, ())
             return
         is_class = isinstance(module, type)
         name = module.__name__ if is_class else type(module).__name__
@@ -215,7 +216,7 @@ class WrappedLinen(bridge.ToNNX):
             ) from error
 
     def _init(self, keys: Any, method: Any, args: Any, kwargs: Any) -> Any:
-        is_kept = self._keeps_variables or _lazy.was_initialized(self)
+        is_kept = self._keeps_variables or was_initialized(self)
         before = self._linen_variables() if is_kept else {}
         mutable = True if self._keeps_sown() else core.DenyList("intermediates")
         module = self.to_nnx__module
@@ -224,7 +225,7 @@ class WrappedLinen(bridge.ToNNX):
                 module, before, keys, mutable, method, args, kwargs
             )
         self._store(variables, sown)
-        _lazy.note_initialized(self)
+        note_initialized(self)
         return output
 
     def _apply(self, keys: Any, method: Any, mutable: Any, args: Any, kwargs: Any) -> Any:
@@ -263,7 +264,7 @@ class WrappedLinen(bridge.ToNNX):
         for collection, path in vars(self)[_SOWN]:
             if collection in variables:
                 variables[collection] = _without(variables[collection], path)
-        for path, graphdef in vars(self)[_GRAPHDEFS]:
+        for path, graphdef in vars(self)[GRAPHDEFS]:
             holder = variables.setdefault(GRAPH_COLLECTION, {})
             for name in path[:-1]:
                 holder = holder.setdefault(name, {})
@@ -273,8 +274,8 @@ class WrappedLinen(bridge.ToNNX):
     def _store(self, updates: Mapping[str, Any], sown: Iterable[Place]) -> None:
         for collection, tree in updates.items():
             if collection == GRAPH_COLLECTION:  # of each ToLinen inside: static, and no state
-                found = {**dict(vars(self)[_GRAPHDEFS]), **dict(flat(tree))}
-                setattr(self, _GRAPHDEFS, tuple(sorted(found.items(), key=lambda item: item[0])))
+                found = {**dict(vars(self)[GRAPHDEFS]), **dict(flat(tree))}
+                setattr(self, GRAPHDEFS, tuple(sorted(found.items(), key=lambda item: item[0])))
             else:
                 self._keep(collection, tree)
         # Kept apart only where the collection does not say it.

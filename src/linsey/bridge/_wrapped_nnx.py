@@ -16,8 +16,8 @@ from flax.nnx import bridge
 from linsey._collections import register
 from linsey.backends import HostSpec, no_parent
 from linsey.backends.linen import Call, Hosting, Options, detached
-from linsey.bridge import _lazy
 from linsey.bridge._mode import current_mode
+from linsey.frontends import initializing, stands_for
 from linsey.frontends.nnx import parameters_of, read_module
 from linsey.ir import RNG_COLLECTIONS, BridgeError, format_path
 
@@ -304,12 +304,13 @@ def _initial_call(made: Any, method: Any, args: Any, kwargs: Mapping[str, Any]) 
         if isinstance(own, bridge.ToNNX)
     ]
     function = getattr(work, method or "__call__") if isinstance(method, str | None) else method
-    with _lazy.initializing(work):
+    with initializing(work):
         if function is method:
             output = function(work, *args, **kwargs)
         else:
             output = function(*args, **kwargs)
     for own, copy in wrappers:
+        stands_for(copy, own)
         for name, value in vars(copy).items():
             is_kept = name in vars(own) and not name.startswith("to_nnx__")
             if not is_kept and name != "intermediates" and not name.startswith("_pytree__"):

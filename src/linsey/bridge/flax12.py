@@ -40,9 +40,9 @@ from linsey.bridge._functional import Functional, functional
 from linsey.bridge._lazy import lazy_init
 from linsey.bridge._registry import with_partitioning
 from linsey.bridge._structure import BARE_ARRAYS, forget, structure_of
-from linsey.bridge._wrapped_linen import HELD, WrappedLinen, drawn, flat, renewed
+from linsey.bridge._wrapped_linen import GRAPHDEFS, HELD, WrappedLinen, drawn, flat, renewed
 from linsey.bridge._wrapped_nnx import WrappedNNX, takes_rngs
-from linsey.ir import BridgeError, Path, format_path
+from linsey.ir import BridgeError, Path, as_key, format_path
 
 __all__ = [
     "AttrPriority",
@@ -255,7 +255,8 @@ class ToLinen(WrappedNNX):
     def __call__(self, *args: Any, nnx_method: Any = None, **kwargs: Any) -> Any:
         """Calls the NNX module; see `linsey.bridge.ToLinen`."""
         if self.is_initializing() and not self._is_made():
-            output, _, _ = self._initialize(nnx_method, args, kwargs)
+            output, _, made = self._initialize(nnx_method, args, kwargs)
+            self._check(made)
             forget(self)
             return output
         return structure_of(self, self.variables).run(self, nnx_method, args, kwargs)
@@ -273,6 +274,18 @@ class ToLinen(WrappedNNX):
         if col == "arrays" and not self.has_variable(col, name):
             col = next((other for other in BARE_ARRAYS if self.has_variable(other, name)), col)
         return super().get_variable(col, name, default)
+
+    @linen.nowrap
+    def _check(self, made: nnx.Module) -> None:
+        """Refuses what could not be found again: no structure is stored here."""
+        for path, part in nnx.iter_graph(made):
+            if isinstance(part, WrappedLinen) and vars(part)[GRAPHDEFS]:
+                raise BridgeError(
+                    "found a linsey.bridge.ToLinen below: it stores its graphdef, and a ToLinen of"
+                    " this face has no place for it",
+                    path=format_path((*self.path, *map(as_key, path))),
+                    fix="Use ToLinen of one face at both places.",
+                )
 
     @linen.nowrap
     def _is_made(self) -> bool:
