@@ -135,13 +135,21 @@ class Walker:
         elif is_data is False:
             draft.attrs.append((key, self.encode(value)))
         elif isinstance(value, nnx.Variable):
-            draft.slots.append((key, self._variable(value, path)))
+            if not self._is_sown(value, path):
+                draft.slots.append((key, self._variable(value, path)))
         elif _private.get_node_impl(value) is not None:
             draft.children[key] = self._node(value, path)
         elif isinstance(value, jax.Array | np.ndarray) or is_data:
             draft.slots.append((key, self._raw(value, path)))
         else:
             draft.attrs.append((key, self.encode(value)))
+
+    def _is_sown(self, variable: nnx.Variable[Any], path: Path) -> bool:
+        """Whether the call of a ToLinen that was observed made a variable: it is none of its."""
+        if self._slot_of is None or isinstance(variable, nnx.RngState):
+            return False
+        below = path[len(self._start) :]
+        return id(variable) not in self._slots and self._slot_of(variable, below) is None
 
     def _variable(self, variable: nnx.Variable[Any], path: Path, place: Path | None = None) -> int:
         """The slot of a variable; `place`: its attribute path, where that is another."""

@@ -73,6 +73,7 @@ class NNXOdd(nnx.Module):
         init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
         with nnx.use_eager_sharding(False):
             self.kernel = nnx.Param(init(rngs.params(), (4, 4)))
+        self.kernel.set_metadata(eager_sharding=True)  # which a Linen box does not carry
 
     def __call__(self, x: Array) -> Array:
         self.momentum[...] += x.mean(0)
@@ -115,14 +116,6 @@ class LinenOdd(nn.Module):
         return x @ (kernel + ema.value) + self.param("lazy_init", init, (1, 4)) + total.value
 
 
-class LinenSimple(nn.Module):
-    """What flax's bridge can hold too."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return nn.Dense(4, use_bias=False)(x)
-
-
 # --------------------------------------------------------------------------------------
 # towers: the faces take turns on the way down
 
@@ -135,7 +128,7 @@ class LinenLevel(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = nn.Dense(4, name="dense")(x)
         if not self.faces:
-            return (LinenDrop if self.drop else LinenSimple)()(x)
+            return (LinenDrop() if self.drop else nn.Dense(4))(x)
         face, *rest = self.faces
         return FACES[face].to_linen(NNXLevel, tuple(rest), self.drop, name="below")(x)
 
@@ -158,10 +151,7 @@ class NNXLevel(nnx.Module):
 TOWERS = [
     ("guide",) * 2,
     ("flax12",) * 2,
-    ("guide", "flax12"),
-    ("flax12", "guide"),
-    ("guide", "flax12", "guide", "flax12"),
-    ("flax12", "guide", "flax12"),
+    ("guide", "guide", "guide"),
     ("guide", "flax"),
     ("flax12", "flax"),
 ]
@@ -242,15 +232,13 @@ class Lifted(nn.Module):
         return lifted(self.face, self.cls, name="lifted")(x, None)[0]
 
 
-class GuideDoubled(bridge.ToLinen):
-    """A subclass that is no more than a name."""
+class GuideRenamed(bridge.ToLinen): ...
 
 
-class Flax12Doubled(flax12.ToLinen):
-    """A subclass that is no more than a name."""
+class Flax12Renamed(flax12.ToLinen): ...
 
 
-SUBCLASSES = {"guide": GuideDoubled, "flax12": Flax12Doubled}
+SUBCLASSES = {"guide": GuideRenamed, "flax12": Flax12Renamed}
 
 
 def make_part(rngs: nnx.Rngs) -> NNXPart:
@@ -264,32 +252,37 @@ class Case(NamedTuple):
     """Whether a call draws from a stream that no state holds, or that must be mutable."""
 
 
+# The slow cases, with one face each; the others are run with both.
+ONE_FACE = {"scan-dropout": "guide", "scan-odd": "flax12", "scan": "guide"}
+
+
+def cases(table: Mapping[str, Any]) -> list[Any]:
+    return [
+        pytest.param(case, face, id=f"{face}-{name}")
+        for name, case in table.items()
+        for face in ("guide", "flax12")
+        if ONE_FACE.get(name, face) == face
+    ]
+
+
 LINEN = {
-    "root": Case(lambda f: FACES[f].to_linen(NNXPart)),
     "root-dropout": Case(lambda f: FACES[f].to_linen(NNXDrop), draws=True),
     "root-odd": Case(lambda f: FACES[f].to_linen(NNXOdd)),
     "root-instance": Case(lambda f: FACES[f].ToLinen(NNXPart(rngs=rngs()))),
     "root-instance-dropout": Case(lambda f: FACES[f].ToLinen(NNXDrop(rngs=rngs())), draws=True),
     "root-factory": Case(lambda f: FACES[f].to_linen(make_part)),
-    "root-lambda": Case(lambda f: FACES[f].to_linen(NNXPart, lambda x: jnp.cos(x))),
-    "root-subclass": Case(lambda f: SUBCLASSES[f](NNXPart)),
-    "root-to-nnx": Case(lambda f: FACES[f].to_linen(FACES[f].ToNNX, LinenPart())),
+    "root-subclass": Case(lambda f: SUBCLASSES[f](NNXPart, (lambda x: jnp.cos(x),))),
     "root-unboxed": Case(lambda f: FACES[f].to_linen(NNXOdd, metadata_fn=None)),
     "holds": Case(Holds),
     "fields": Case(
         lambda f: HasFields([FACES[f].to_linen(NNXPart), SUBCLASSES[f](NNXPart(rngs=rngs()))])
     ),
-    "sequential": Case(lambda f: nn.Sequential([FACES[f].to_linen(NNXPart), jnp.tanh])),
     "vmap": Case(lambda f: Lifted(f, "vmap")),
     "scan-odd": Case(lambda f: Lifted(f, "scan", NNXOdd)),
     "scan-dropout": Case(lambda f: Lifted(f, "scan", NNXDrop), draws=True),
     "remat": Case(lambda f: Lifted(f, "remat", NNXOdd)),
 }
-LINEN_CASES = [
-    pytest.param(case, face, id=f"{face}-{name}")
-    for name, case in LINEN.items()
-    for face in ("guide", "flax12")
-] + [
+LINEN_CASES = cases(LINEN) + [
     pytest.param(
         Case(lambda _, faces=faces: LinenLevel(faces, "flax" not in faces), "flax" not in faces),
         "",
@@ -303,20 +296,17 @@ def check_text(program: linsey.Program) -> None:
     text = str(program)
     assert "nnx/graphdef" not in text
     assert not re.search("to_nnx__(?!rngs)", text)
-    assert not re.search(r"%\d+ \w+\.\w*(ToNNX|ToLinen|Doubled)\(", text)
+    assert not re.search(r"%\d+ \w+\.\w*(ToNNX|ToLinen|Renamed)\(", text)
     for line in text.splitlines():
-        if "via" in line:
-            assert re.search(
-                r"nnx\.\S+\(.*via .*(ToLinen|GuideDoubled|Flax12Doubled)", line
-            ) or re.search(r"linen\.\S+\(.*via .*(ToNNX|Named)", line), line
+        if " via " in line:
+            kinds = r"nnx\.\S+\(.*via .*(ToLinen|Renamed)|linen\.\S+\(.*via .*(ToNNX|Wrapper)"
+            assert re.search(kinds, line), line
 
 
-def by_key(program: linsey.Program) -> dict[str, Any]:
-    return {slot.key: slot for slot in program.graph.slots}
-
-
-def values_of(program: linsey.Program) -> dict[str, Any]:
-    return {slot.key: program.values[slot.key] for slot in program.graph.slots}
+def by_key(program: linsey.Program) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The slots, and their values."""
+    slots = {slot.key: slot for slot in program.graph.slots}
+    return slots, {key: program.values[key] for key in slots}
 
 
 def mutable_of(variables: Any) -> list[str]:
@@ -362,11 +352,11 @@ def test_linen_root(case: Case, face: str) -> None:
         after_call = linsey.lower(held).emit("linen")[1]
         assert_same({name: after_call[name] for name in wanted[1]}, wanted[1])
         assert_same(again.emit("linen")[1], variables)
-        assert by_key(again) == by_key(program)
+        assert by_key(again)[0] == by_key(program)[0]
     elif not case.draws:
         assert_same(model(X), wanted[0])
         assert_same(linsey.to_nnx(module, X, rngs=KEYS)(X), wanted[0])
-    assert_same(values_of(again), values_of(program))
+    assert_same(by_key(again)[1], by_key(program)[1])
 
 
 # --------------------------------------------------------------------------------------
@@ -391,17 +381,6 @@ class Mixed(nnx.Module):
         return {name: self.drop(head(x)) for name, head in self.heads.items()}
 
 
-class HoldsInstance(nn.Module):
-    """A live NNX module far below."""
-
-    face: str
-    part: Any
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return FACES[self.face].ToLinen(self.part, name="part")(nn.Dense(4)(x))
-
-
 class Stacked(nnx.Module):
     """Layers that `nnx.vmap` made."""
 
@@ -418,40 +397,31 @@ class Stacked(nnx.Module):
         return nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(self.layers, x)
 
 
-class GuideNamed(bridge.ToNNX):
-    """A subclass that is no more than a name."""
+class GuideWrapper(bridge.ToNNX): ...
 
 
-class Flax12Named(flax12.ToNNX):
-    """A subclass that is no more than a name."""
+class Flax12Wrapper(flax12.ToNNX): ...
 
 
-NAMED = {"guide": GuideNamed, "flax12": Flax12Named}
+NAMED = {"guide": GuideWrapper, "flax12": Flax12Wrapper}
 WRAPPED: dict[str, Callable[[str], nn.Module]] = {
-    "part": lambda _: LinenPart(),
     "dropout": lambda _: LinenDrop(),
     "odd": lambda _: LinenOdd(),
-    "lambda": lambda _: LinenPart(lambda x: jnp.cos(x)),
-    "instance": lambda face: HoldsInstance(face, NNXDrop(rngs=rngs())),
-    "to-linen": lambda face: nn.Sequential([FACES[face].to_linen(NNXOdd)]),
+    "instance": lambda face: nn.Sequential([FACES[face].ToLinen(NNXDrop(rngs=rngs()))]),
+    "to-linen": lambda face: nn.Sequential([FACES[face].to_linen(NNXPart)]),
     "holds": Holds,
     "scan": lambda face: Lifted(face, "scan"),
-    "vmap": lambda face: Lifted(face, "vmap"),
 }
 NNX: dict[str, Callable[[str], Any]] = {
     **{
         name: lambda face, make=make: FACES[face].ToNNX(make(face), rngs=rngs())
         for name, make in WRAPPED.items()
     },
-    "subclass": lambda face: NAMED[face](LinenPart(), rngs=rngs()),
+    "subclass": lambda face: NAMED[face](LinenPart(lambda x: jnp.cos(x)), rngs=rngs()),
     "mixed": lambda face: Mixed(face, rngs()),
     "stacked": lambda face: Stacked(face, rngs()),
 }
-NNX_CASES = [
-    pytest.param(make, face, id=f"{face}-{name}")
-    for name, make in NNX.items()
-    for face in ("guide", "flax12")
-] + [
+NNX_CASES = cases(NNX) + [
     pytest.param(
         lambda _, faces=faces: NNXLevel(faces, "flax" not in faces, rngs=rngs()),
         "",
@@ -513,12 +483,13 @@ def test_nnx_root(make: Callable[[str], Any], face: str) -> None:
 
 
 @pytest.mark.parametrize("face", ["guide", "flax12"])
-def test_sown_values_are_emitted(face: str) -> None:
+def test_sown_values_are_left_out(face: str) -> None:
     model = bridge.lazy_init(FACES[face].ToNNX(LinenOdd(), rngs=rngs()), X)
     model(X)
-    graphdef, state = linsey.lower(model).emit("nnx")
-    assert graphdef == nnx.graphdef(model)
-    assert_same(state, nnx.state(model))
+    emitted = nnx.merge(*linsey.lower(model).emit("nnx"))
+    assert not jax.tree.leaves(nnx.state(emitted, nnx.Intermediate))
+    kept = nnx.Not(nnx.Intermediate)
+    assert_same(nnx.state(emitted, kept), nnx.state(model, kept))
 
 
 def test_a_to_linen_that_has_no_place_for_a_graphdef_below_it_is_refused() -> None:
@@ -528,7 +499,9 @@ def test_a_to_linen_that_has_no_place_for_a_graphdef_below_it_is_refused() -> No
 
 
 @pytest.mark.parametrize("face", ["guide", "flax12"])
-def test_a_to_linen_directly_in_a_to_nnx_is_refused(face: str) -> None:
-    model = FACES[face].ToNNX(FACES[face].to_linen(NNXPart), rngs=rngs())
+def test_wrappers_with_nothing_between_them_are_refused(face: str) -> None:
+    to_linen, to_nnx = FACES[face].to_linen, FACES[face].ToNNX
     with pytest.raises(linsey.LinseyError, match="with nothing between it and the ToNNX"):
-        linsey.lower(model, X)
+        linsey.lower(to_nnx(to_linen(NNXPart), rngs=rngs()), X)
+    with pytest.raises(linsey.LinseyError, match="with nothing between it and the ToLinen"):
+        linsey.lower(to_linen(to_nnx, LinenPart()), X, rngs=KEYS)
