@@ -210,12 +210,6 @@ class Walker:
 
         impl: Any = _private.get_node_impl(wrapper)
         items, _ = impl.flatten(wrapper)
-        if isinstance(wrapper.to_nnx__module, bridge.ToLinen):
-            raise LoweringError(
-                "found a ToLinen with nothing between it and the ToNNX around it",
-                path=format_path(path),
-                fix="Use the NNX module as it is: it needs neither.",
-            )
         variables = wrapped_variables(wrapper)
         kept = _own_attributes(wrapper)
         own = Draft()
@@ -239,6 +233,12 @@ class Walker:
                 "found a ToNNX inside a ToLinen inside a ToNNX: flax cannot initialise or call it",
                 path=format_path(path),
                 fix="Hold the inner Linen module without wrappers, in the Linen module above.",
+            )
+        if () in observer.modules and observer.modules[()].nnx is not None:
+            raise LoweringError(
+                "found a ToLinen with nothing between it and the ToNNX around it",
+                path=format_path(path),
+                fix="Use the NNX module as it is: it needs neither.",
             )
         region = linen_build.Region(self._builder, number, path, observer)
         graphdefs = dict(vars(wrapper).get("to_nnx__graphdefs", ()))

@@ -151,6 +151,8 @@ class NNXLevel(nnx.Module):
 TOWERS = [
     ("guide",) * 2,
     ("flax12",) * 2,
+    ("guide", "flax12"),
+    ("flax12", "guide"),
     ("guide", "guide", "guide"),
     ("guide", "flax"),
     ("flax12", "flax"),
