@@ -12,10 +12,13 @@ from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from linsey import _trees
+from linsey._boxes import LINEN_BOX
 from linsey._collections import EPHEMERAL, collection_of, unboxed
 from linsey.frontends import _private
 from linsey.ir import (
+    UNCONSTRAINED,
     AttrValue,
+    Axis,
     Call,
     Const,
     Encoder,
@@ -78,19 +81,23 @@ class FlaxEncoder(Encoder):
         )
 
 
-def partition(names: Any, rules: AttrValue, mesh: AttrValue, encode: Encoder) -> Partition | None:
+def partition(
+    names: Any, rules: AttrValue, mesh: AttrValue, encode: Encoder, *, logical: bool = False
+) -> Partition | None:
     """A partition annotation, or None when `names` is not one entry per axis."""
     if not isinstance(names, tuple | list | PartitionSpec):
         return None
-    axes: list[str | tuple[str, ...] | None] = []
+    axes: list[Axis] = []
     for entry in names:
         if entry is None or isinstance(entry, str):
             axes.append(entry)
         elif isinstance(entry, tuple | list) and all(isinstance(name, str) for name in entry):
             axes.append(tuple(entry))
+        elif entry is PartitionSpec.UNCONSTRAINED:
+            axes.append(UNCONSTRAINED)
         else:
             axes.append(str(entry))
-    return Partition(axes=tuple(axes), spec=encode(names), rules=rules, mesh=mesh)
+    return Partition(axes=tuple(axes), logical=logical, spec=encode(names), rules=rules, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +126,7 @@ def linen_variable(value: Any, encode: Encoder) -> Variable:
         encode(getattr(value, "rules", None)),
         encode(getattr(value, "mesh", None)),
         encode,
+        logical=isinstance(value, linen.LogicallyPartitioned),
     )
     return Variable(kind, _trees.template(jax.tree.structure(value)), note)
 
@@ -137,6 +145,7 @@ def nnx_variable(
         encode(metadata.get("sharding_rules")),
         encode(metadata.get("mesh")),
         encode,
+        logical=metadata.get(LINEN_BOX) is linen.LogicallyPartitioned,
     )
     collection = collection_of(type(variable))
     kept = ((k, v) for k, v in metadata.items() if note is None or k != "out_sharding")

@@ -34,15 +34,19 @@ from linsey.ir.decode import Decoder, decode
 from linsey.ir.encode import Encoder, encode
 from linsey.ir.errors import (
     BridgeError,
+    CheckpointError,
     EmitError,
     LinseyError,
     LoweringError,
+    PartitionError,
     PluginError,
     ValuesError,
     VerifyError,
 )
 from linsey.ir.graph import (
     RNG_COLLECTIONS,
+    UNCONSTRAINED,
+    Axis,
     Graph,
     Node,
     Partition,
@@ -57,6 +61,7 @@ from linsey.ir.graph import (
     Wrapper,
 )
 from linsey.ir.host import Host, HostParts, is_host
+from linsey.ir.partition import Placement, Rules, misfits, place, read_rules, shards
 from linsey.ir.paths import Key, Path, as_key, format_path, parse_path
 from linsey.ir.text import describe_class, format_graph
 from linsey.ir.values import SlotIndex, Values, slot_index
@@ -65,11 +70,14 @@ from linsey.ir.verify import problems, verify
 __all__ = [
     "ABSENT",
     "RNG_COLLECTIONS",
+    "UNCONSTRAINED",
     "Array",
     "AttrValue",
     "Attrs",
+    "Axis",
     "BridgeError",
     "Call",
+    "CheckpointError",
     "Const",
     "DType",
     "Decoder",
@@ -89,9 +97,12 @@ __all__ = [
     "Node",
     "NodeRef",
     "Partition",
+    "PartitionError",
     "Path",
+    "Placement",
     "PluginError",
     "Ref",
+    "Rules",
     "Sequence",
     "Signature",
     "Slot",
@@ -120,10 +131,14 @@ __all__ = [
     "format_graph",
     "format_path",
     "is_host",
+    "misfits",
     "node_paths",
     "parse_path",
+    "place",
     "problems",
+    "read_rules",
     "reference",
+    "shards",
     "shared_nodes",
     "slot_index",
     "tied_slots",

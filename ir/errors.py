@@ -59,6 +59,14 @@ class ValuesError(LinseyError):
     """Values do not fit a graph: a slot is missing, unknown, or of another shape or dtype."""
 
 
+class PartitionError(LinseyError):
+    """A partition of a slot does not fit its value, the mesh or the rules."""
+
+
+class CheckpointError(LinseyError):
+    """A checkpoint is missing, incomplete, or does not fit the program."""
+
+
 class BridgeError(LinseyError, ValueError):
     """A wrapper of `linsey.bridge` cannot be made, initialised or called as it was."""
 

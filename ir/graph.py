@@ -6,6 +6,7 @@ per slot. Everything here is immutable, hashable and compared by value.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -53,12 +54,31 @@ class TreeType:
 ValueType: TypeAlias = TensorType | TreeType
 
 
+class Unconstrained(enum.Enum):
+    """The entry ``PartitionSpec.UNCONSTRAINED`` of a partition: the compiler chooses."""
+
+    UNCONSTRAINED = "UNCONSTRAINED"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+UNCONSTRAINED = Unconstrained.UNCONSTRAINED
+Axis: TypeAlias = str | tuple[str, ...] | Unconstrained | None
+"""One entry of a partition: a logical or mesh axis, several of them, `UNCONSTRAINED`, or None for
+an axis that is replicated."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partition:
     """How the axes of a slot lie on the axes of a mesh."""
 
-    axes: tuple[str | tuple[str, ...] | None, ...]
-    """One entry per axis: None (replicated), a logical or mesh axis, or several of them."""
+    axes: tuple[Axis, ...]
+    """One entry per axis of the slot."""
+    logical: bool = False
+    """Whether the names are logical ones, which only rules map to a mesh
+    (``nn.with_logical_partitioning``, ``param_with_axes``). Otherwise a name that no rule maps is
+    an axis of the mesh itself (``nn.with_partitioning``, NNX's ``out_sharding``)."""
     spec: AttrValue
     """The annotation as the source wrote it."""
     rules: AttrValue = NONE
