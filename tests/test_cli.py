@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from linsey._summary import nbytes, parse_type
 from linsey.cli import main
 from linsey.ir import TensorType
+from linsey.ir.summary import nbytes, parse_type
 
 MODELS = """
 import flax.linen as nn

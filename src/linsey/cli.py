@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 import linsey
-from linsey import _summary
 from linsey.ir import LinseyError, TensorType, format_path
+from linsey.ir import summary as _summary
 
 JSON_VERSION = 1
 """Version of what ``--json`` prints. Entries may be added within a version; one that goes, or that

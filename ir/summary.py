@@ -1,4 +1,4 @@
-"""A graph in figures and as plain JSON data: what ``linsey lower`` prints. Needs no jax."""
+"""A graph in figures and as plain JSON data: what ``linsey lower`` prints."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from linsey.ir import (
-    Attrs,
-    AttrValue,
+from linsey.ir.analysis import node_paths, shared_nodes, tied_slots
+from linsey.ir.attributes import Attrs, AttrValue, describe
+from linsey.ir.graph import (
+    Axis,
     Graph,
     Node,
-    Path,
     Signature,
     Slot,
     TensorType,
     TreeType,
+    Unconstrained,
     ValueType,
-    describe,
-    describe_class,
-    format_path,
-    node_paths,
-    shared_nodes,
-    tied_slots,
 )
+from linsey.ir.paths import Path, format_path
+from linsey.ir.text import describe_class
 
 Json: TypeAlias = dict[str, Any]
 
@@ -268,7 +265,7 @@ def _slot(number: int, slot: Slot) -> Json:
         "kind": None if slot.kind is None else _qualified(slot.kind),
         "type": _type(slot.type),
         "bytes": nbytes(slot.type),
-        "partition": None if slot.partition is None else list(slot.partition.axes),
+        "partition": None if slot.partition is None else list(map(_axis, slot.partition.axes)),
         "stack": [
             {
                 "axis": axis.axis,
@@ -284,6 +281,10 @@ def _slot(number: int, slot: Slot) -> Json:
         "metadata": _attrs(slot.metadata),
         "box": None if slot.box is None else describe(slot.box),
     }
+
+
+def _axis(axis: Axis) -> Any:
+    return axis.value if isinstance(axis, Unconstrained) else axis
 
 
 def _type(kind: ValueType) -> Json:
