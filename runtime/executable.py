@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 from flax import errors
+from jax.sharding import Mesh
 
 from linsey import _trees
 from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, decode, describe, slot_index
+from linsey.runtime import sharding
+from linsey.runtime.call import Call
+from linsey.runtime.inputs import input_shardings, read_inputs
 
 _EMPTY: dict[str, Any] = {}
 _ARRAY_TYPES: set[type] = set()
@@ -26,6 +30,10 @@ class Executable:
     (``train=True``, a string, None, a Python number) is static, and each new combination of static
     arguments compiles once. Can be called inside ``jax.jit``, ``jax.grad`` and ``jax.vmap``.
 
+    With a mesh, the slots lie on it as their partitions and the rules say, before and after each
+    call: `init` makes them there, values that lie elsewhere are moved there, and the model runs
+    with the mesh and the rules around it, so that its own constraints hold.
+
     Made by `linsey.Program.compile`.
 
     Args:
@@ -37,6 +45,13 @@ class Executable:
         capture: collections of state that calls make and no slot holds (``intermediates``), to be
             returned beside the output.
         donate: whether a call may reuse the memory of the slots that it changes.
+        mesh: the mesh that the slots lie on, or None.
+        rules: pairs of a logical axis and mesh axes; None: see `linsey.Program.compile`.
+        in_shardings: how the arguments of calls lie on the mesh; None: as they come.
+
+    Raises:
+        EmitError: there is no such method.
+        PartitionError: a slot, the rules or ``in_shardings`` do not fit the mesh.
     """
 
     def __init__(
@@ -49,9 +64,18 @@ class Executable:
         mutable: Any = None,
         capture: tuple[str, ...] = (),
         donate: bool = False,
+        mesh: Mesh | None = None,
+        rules: Any = None,
+        in_shardings: Any = None,
     ) -> None:
         _check_method(graph, method)
         self.graph = graph
+        self.mesh = mesh
+        """The mesh, or None."""
+        self.shardings = None if mesh is None else sharding.shardings(graph, mesh, rules)
+        """The sharding of each slot, by name; None without a mesh."""
+        self._rules = sharding.rules_in_force(rules)
+        self._inputs = read_inputs(in_shardings, mesh)
         self.method = method
         self._init = init
         self._index = slot_index(graph)
@@ -69,6 +93,9 @@ class Executable:
     def init(self, rngs: Any = None) -> Values:
         """Concrete values, initialised under jit.
 
+        With a mesh they are born sharded: each device makes its own shards, and neither a device
+        nor the host ever holds a whole slot that is split.
+
         Args:
             rngs: an int seed, a jax key, a dict of keys by stream, or nnx.Rngs.
 
@@ -82,10 +109,48 @@ class Executable:
                 fix="Use program.values, or lower a factory.",
             )
         if self._jitted_init is None:
-            init = self._init
-            self._jitted_init = jax.jit(lambda keys: init(keys).arrays)
+            self._jitted_init = jax.jit(self._traced_init, out_shardings=self._slots)
         keys = None if rngs is None else _trees.key_dict(rngs)
         return Values(self._index, self._jitted_init(keys))
+
+    def _traced_init(self, keys: Any) -> tuple[Any, ...]:
+        assert self._init is not None
+        with self._around():
+            return self._init(keys).arrays
+
+    def place(self, values: Values) -> Values:
+        """Values where the program wants them: on the mesh, each slot on its sharding.
+
+        Args:
+            values: values of this program, on the host or on any devices.
+
+        Returns:
+            The values; those that lie right already are the very objects. Without a mesh, the
+            values as they are.
+
+        Raises:
+            ValuesError: the values are not those of this program, or of another shape.
+        """
+        self._check_values(values)
+        if self._slots is None:
+            return values
+        _trees.check_shapes(self.graph, values.arrays)
+        return Values(self._index, sharding.put(values.arrays, self._slots))
+
+    @property
+    def _slots(self) -> tuple[Any, ...] | None:
+        return None if self.shardings is None else self.shardings.arrays
+
+    def _around(self) -> AbstractContextManager[None]:
+        """What the model's code finds around it when it is traced."""
+        if self.mesh is None:
+            return nullcontext()
+        return sharding.tracing_on(self.mesh, self._rules)
+
+    def _check_values(self, values: object) -> None:
+        index = values.index if isinstance(values, Values) else values
+        if index is not self._index and index != self._index:
+            raise _not_ours(index, self._index)
 
     def __call__(
         self, values: Values, /, *args: Any, rngs: Any = None, **kwargs: Any
@@ -106,14 +171,12 @@ class Executable:
             ValuesError: the values are not those of this program.
             EmitError: a PRNG stream is missing.
         """
-        index = values.index if isinstance(values, Values) else values
-        if index is not self._index and index != self._index:
-            raise _not_ours(index, self._index)
+        self._check_values(values)
         # What follows is paid at every call: a microsecond in all.
         for arg in args:
             if type(arg) not in _ARRAY_TYPES and not _is_array(arg):
                 return self._static_call(values, args, kwargs, rngs)
-        if kwargs or self._donate:
+        if kwargs or self._donate or self.mesh is not None:
             return self._static_call(values, args, kwargs, rngs)
         if rngs is None:
             output, changed = self._fast(values.arrays, *args)
@@ -123,7 +186,7 @@ class Executable:
             )
             keys = rngs if is_plain else _trees.key_dict(rngs)
             output, changed = self._fast_keyed(values.arrays, keys, *args)
-        return output, values if changed is None else self._updated(values, changed)
+        return output, self._updated(values, changed) if changed else values
 
     def _updated(self, values: Values, changed: Mapping[int, Any]) -> Values:
         arrays = list(values.arrays)
@@ -150,17 +213,25 @@ class Executable:
             compiled = self._compile(arguments, values, keys)
             self._compiled[_strict(signature)] = compiled
         output, changed = compiled(values.arrays, arguments.dynamic, keys)
-        return output, values if changed is None else self._updated(values, changed)
+        return output, self._updated(values, changed) if changed else values
 
     def _compile(self, arguments: _trees.Arguments, values: Values, keys: Any) -> Any:
         def traced(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
             args, kwargs = arguments.merge(dynamic)
             return self._traced(arrays, args, kwargs, keys)
 
-        if not self._donate:
+        if self.mesh is None and not self._donate:
             return jax.jit(traced)
-        changed = jax.eval_shape(traced, values.arrays, arguments.dynamic, keys)[1]
-        return _Donating(traced, tuple(changed or ()), len(values.arrays))
+        return Call(
+            traced,
+            values.arrays,
+            arguments.dynamic,
+            keys,
+            donate=self._donate,
+            mesh=self.mesh,
+            slots=self._slots,
+            inputs=input_shardings(self._inputs, arguments, self.mesh),
+        )
 
     def _traced(
         self, arrays: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], keys: Any
@@ -169,9 +240,10 @@ class Executable:
         rngs = None if keys is None else _trees.key_dict(keys)
         _trees.check_shapes(self.graph, arrays)
         try:
-            called = self._run(
-                arrays, args, kwargs, method=self.method, rngs=rngs, mutable=self._mutable
-            )
+            with self._around():
+                called = self._run(
+                    arrays, args, kwargs, method=self.method, rngs=rngs, mutable=self._mutable
+                )
         except (errors.FlaxError, AttributeError, TypeError) as error:
             # What a wrong call raises; the cause keeps the source's own error.
             raise EmitError(
@@ -200,31 +272,7 @@ class Executable:
         """
         arguments = _trees.Arguments.split(args, kwargs)
         keys = None if rngs is None else _trees.key_dict(rngs)
-
-        def traced(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
-            merged, named = arguments.merge(dynamic)
-            return self._traced(arrays, merged, named, keys)
-
-        return jax.jit(traced).lower(values.arrays, arguments.dynamic, keys)
-
-
-class _Donating:
-    """A jitted call that donates the slots which it changes, and no other."""
-
-    def __init__(self, traced: Callable[..., Any], changed: tuple[int, ...], count: int) -> None:
-        kept = tuple(slot for slot in range(count) if slot not in set(changed))
-        order = {slot: position for position, slot in enumerate((*changed, *kept))}
-        places = tuple(order[slot] for slot in range(count))
-
-        def call(given: tuple[Any, ...], rest: tuple[Any, ...], dynamic: Any, keys: Any) -> Any:
-            together = (*given, *rest)
-            return traced(tuple(together[place] for place in places), dynamic, keys)
-
-        self._take, self._leave = _getter(changed), _getter(kept)
-        self._jitted = jax.jit(call, donate_argnums=0)
-
-    def __call__(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
-        return self._jitted(self._take(arrays), self._leave(arrays), dynamic, keys)
+        return self._compile(arguments, values, keys).lower(values.arrays, arguments.dynamic, keys)
 
 
 def _check_method(graph: Graph, method: Any) -> None:
@@ -260,12 +308,6 @@ def _is_array(arg: Any) -> bool:
     if not isinstance(arg, jax.core.Tracer):
         _ARRAY_TYPES.add(type(arg))
     return True
-
-
-def _getter(slots: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    if len(slots) > 1:
-        return operator.itemgetter(*slots)
-    return lambda arrays: tuple(arrays[slot] for slot in slots)
 
 
 def _strict(signature: tuple[Any, tuple[tuple[int, Any], ...]]) -> Any:

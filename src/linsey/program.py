@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jax.sharding import Mesh
+
 from linsey import _trees, plugins
 from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, Values, verify
-from linsey.runtime import Executable
+from linsey.runtime import Executable, sharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,9 @@ class Program:
         mutable: Any = None,
         capture: str | tuple[str, ...] = (),
         donate: bool = False,
+        mesh: Mesh | None = None,
+        rules: Any = None,
+        in_shardings: Any = None,
     ) -> Executable:
         """Compiles one method; see `linsey.runtime.Executable`.
 
@@ -97,6 +102,16 @@ class Program:
             capture: collections of state that calls make, to be returned beside the output.
             donate: whether a call may reuse the memory of the slots that it changes; those of the
                 values passed in are gone then.
+            mesh: the mesh to run on, with Auto or Explicit axes; None: no mesh.
+            rules: pairs of a logical axis and mesh axes, in order of precedence, as
+                ``nn.logical_axis_rules`` takes them; they hold for all slots. None: the rules that
+                came with a slot, and those of ``nn.logical_axis_rules`` at this moment.
+            in_shardings: how arrays of the arguments lie on the mesh: one spec or sharding for all,
+                a tuple by position, or a dict by position and keyword. None: as they come.
+
+        Raises:
+            EmitError: there is no such method.
+            PartitionError: a slot, the rules or ``in_shardings`` do not fit the mesh.
 
         Example:
             >>> import jax, linsey
@@ -115,7 +130,42 @@ class Program:
             mutable=mutable,
             capture=(capture,) if isinstance(capture, str) else tuple(capture),
             donate=donate,
+            mesh=mesh,
+            rules=rules,
+            in_shardings=in_shardings,
         )
+
+    def partition_specs(self, *, mesh: Any = None, rules: Any = None) -> Values:
+        """The ``PartitionSpec`` of each slot, by its name.
+
+        Args:
+            mesh: a mesh, an ``AbstractMesh`` or a dict of sizes by axis name that the specs must
+                fit; None: they are not checked.
+            rules: as for `compile`. Their semantics are those of ``nn.logical_to_mesh_axes``: taken
+                in order, a mesh axis is used once in a slot, a name that no rule mentions is
+                replicated. Only names that the source did not mark as logical
+                (``nn.with_partitioning``, NNX's ``out_sharding``) stand for axes of the mesh where
+                no rule mentions them.
+
+        Returns:
+            One spec per slot: empty where there is no annotation.
+
+        Raises:
+            PartitionError: a spec does not fit its slot or the mesh (rank, size, unknown axis); the
+                message names the slot, the axis, both sizes and the rule. Notes tell of others.
+
+        Example:
+            >>> import jax, linsey
+            >>> from flax import linen as nn
+            >>> init = nn.with_logical_partitioning(nn.initializers.ones, ("embed", "mlp"))
+            >>> program = linsey.lower(nn.Dense(4, kernel_init=init), jax.numpy.ones((1, 2)))
+            >>> specs = program.partition_specs(
+            ...     mesh={"data": 2, "model": 4}, rules=[("embed", None), ("mlp", "model")]
+            ... )
+            >>> specs["params/kernel"]
+            PartitionSpec(None, 'model')
+        """
+        return sharding.specs(self.graph, mesh, rules)
 
     def _dialect(self) -> str:
         """The dialect that runs the root: that of its wrapper, where it has one."""

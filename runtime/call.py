@@ -1,0 +1,172 @@
+"""One traced call under jit, with donation and with shardings."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from linsey.runtime import sharding
+
+Traced = Callable[[tuple[Any, ...], tuple[Any, ...], Any], tuple[Any, dict[int, Any] | None]]
+"""Slots, arrays of the arguments, and keys -> the output, and the slots that changed."""
+
+
+class Call:
+    """A call whose jit donates the slots that change, and knows where slots lie.
+
+    The Python code is traced once: an inner jit tells which slots change, and the outer one, which
+    donates them, gets the trace that jax kept. It is inlined there, so that what is compiled is what
+    a plain jit compiles.
+
+    Args:
+        traced: the call.
+        arrays: values of the slots, or their shapes and dtypes.
+        dynamic: arrays of the arguments, or their shapes and dtypes.
+        keys: the keys of the call.
+        donate: whether the memory of the slots that change may be reused.
+        mesh: the mesh, or None.
+        slots: the sharding of each slot, or None.
+        inputs: the sharding of each of ``dynamic``, None for one that stays where it is.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        arrays: tuple[Any, ...],
+        dynamic: tuple[Any, ...],
+        keys: Any,
+        *,
+        donate: bool,
+        mesh: Mesh | None = None,
+        slots: tuple[Any, ...] | None = None,
+        inputs: tuple[Any, ...] | None = None,
+    ) -> None:
+        self._inner: Any = jax.jit(traced, inline=True)
+        self._donate = donate
+        self._mesh = mesh
+        self._slots = slots
+        self._inputs = inputs
+        self._count = len(arrays)
+        self._changed: tuple[int, ...] = ()
+        known = arrays if slots is None else tuple(map(_typed, arrays, slots))
+        self._arrange(self._inner.eval_shape(known, dynamic, keys)[1])
+
+    def _arrange(self, changed: Mapping[int, Any] | None) -> None:
+        """Makes the outer jit for a call that changes these slots."""
+        self._changed = tuple(sorted({*self._changed, *(changed or ())}))
+        kept = tuple(sorted(set(range(self._count)) - set(self._changed)))
+        order = {slot: position for position, slot in enumerate((*self._changed, *kept))}
+        places = tuple(order[slot] for slot in range(self._count))
+        self._take, self._leave = _getter(self._changed), _getter(kept)
+
+        def outer(given: tuple[Any, ...], rest: tuple[Any, ...], dynamic: Any, keys: Any) -> Any:
+            together = (*given, *rest)
+            arrays = tuple(together[place] for place in places)
+            if self._mesh is not None and _is_explicit(self._mesh):
+                arrays = _resharded(arrays, self._slots or ())
+                dynamic = _resharded(dynamic, self._inputs or (None,) * len(dynamic))
+            output, new = self._inner(arrays, dynamic, keys)
+            more = set(new or ()) - set(self._changed)
+            if more:
+                raise _MoreChanged(dict.fromkeys(more))
+            return output, {slot: (new or {}).get(slot, arrays[slot]) for slot in self._changed}
+
+        options: dict[str, Any] = {"donate_argnums": 0} if self._donate else {}
+        if self._slots is not None:
+            slots = self._slots
+            inputs = self._inputs
+            if inputs is None or all(each is None for each in inputs):
+                inputs = None
+            options["in_shardings"] = (self._take(slots), self._leave(slots), inputs, None)
+            options["out_shardings"] = (None, {slot: slots[slot] for slot in self._changed})
+        self._jitted = jax.jit(outer, **options)
+
+    def __call__(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+        """The output, and the slots that changed by number."""
+        try:
+            return self._jitted(self._take(arrays), self._leave(arrays), dynamic, keys)
+        except _MoreChanged as more:  # other shapes than before
+            self._arrange(more.slots)
+            return self(arrays, dynamic, keys)
+        except ValueError:
+            if self._slots is None:
+                raise
+            placed = self._placed(arrays, dynamic, keys)
+            if placed is None:
+                raise
+            arrays, dynamic, keys = placed
+        return self._jitted(self._take(arrays), self._leave(arrays), dynamic, keys)
+
+    def _placed(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+        """What was passed, moved to where it belongs; None when all of it lay right."""
+        assert self._slots is not None
+        assert self._mesh is not None
+        moved = sharding.put(arrays, self._slots)
+        replicated = NamedSharding(self._mesh, sharding.spec(()))
+        wanted = self._inputs or (None,) * len(dynamic)
+        inputs = tuple(
+            sharding.put((value,), (where or (None if self._is_here(value) else replicated),))[0]
+            for value, where in zip(dynamic, wanted, strict=True)
+        )
+        names, held = tuple(keys or ()), tuple((keys or {}).values())
+        there = tuple(None if self._is_here(key) else replicated for key in held)
+        drawn = sharding.put(held, there)
+        before, after = (*arrays, *dynamic, *held), (*moved, *inputs, *drawn)
+        if all(map(operator.is_, before, after)):
+            return None
+        return moved, inputs, None if keys is None else dict(zip(names, drawn, strict=True))
+
+    def _is_here(self, value: Any) -> bool:
+        """Whether an array may stay: it is on no device yet, or on all of the mesh."""
+        if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+            return True
+        assert self._mesh is not None
+        return not value.committed or value.sharding.device_set == set(self._mesh.devices.flat)
+
+    def lower(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+        """The call lowered and not compiled, a `jax.stages.Lowered`."""
+        return self._jitted.lower(self._take(arrays), self._leave(arrays), dynamic, keys)
+
+
+class _MoreChanged(Exception):
+    """A trace changes slots that an earlier one, for other shapes, did not."""
+
+    def __init__(self, slots: dict[int, None]) -> None:
+        super().__init__()
+        self.slots = slots
+
+
+def _getter(slots: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    if len(slots) > 1:
+        return operator.itemgetter(*slots)
+    return lambda arrays: tuple(arrays[slot] for slot in slots)
+
+
+def _typed(value: Any, where: Any) -> Any:
+    """A value as shape, dtype and sharding."""
+    make: Any = jax.ShapeDtypeStruct  # its constructor is not annotated
+    return jax.tree.map(
+        lambda leaf: (
+            make(leaf.shape, leaf.dtype, sharding=where)
+            if hasattr(leaf, "shape") and not isinstance(leaf, jax.core.Tracer)
+            else leaf
+        ),
+        value,
+    )
+
+
+def _is_explicit(mesh: Mesh) -> bool:
+    return AxisType.Explicit in mesh.axis_types
+
+
+def _resharded(values: tuple[Any, ...], wanted: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Values with the shardings in their types, as explicit axes need it."""
+    reshard: Any = jax.sharding.reshard  # not annotated
+    return tuple(
+        value if where is None else reshard(value, where)
+        for value, where in zip(values, wanted, strict=True)
+    )

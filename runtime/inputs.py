@@ -1,0 +1,124 @@
+"""How the arguments of a call lie on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from linsey import _trees
+from linsey.ir import PartitionError
+
+
+def read_inputs(in_shardings: Any, mesh: Mesh | None) -> Any:
+    """``in_shardings`` as given, checked.
+
+    Args:
+        in_shardings: one spec or sharding for all arrays of the arguments; or a tuple with an entry
+            for each positional argument; or a dict by the names of keyword arguments and the
+            positions of others. An entry is a spec, a sharding, None (as it comes), or a pytree
+            prefix of the argument with these as leaves.
+        mesh: the mesh.
+
+    Raises:
+        PartitionError: there is no mesh, an entry is neither spec nor sharding, or a spec names an
+            axis that the mesh does not have.
+    """
+    if in_shardings is None:
+        return None
+    if mesh is None:
+        raise PartitionError(
+            "in_shardings are given and no mesh",
+            path="in_shardings",
+            fix="Pass mesh= too.",
+        )
+    for leaf in jax.tree.leaves(in_shardings, is_leaf=_is_spec):
+        if isinstance(leaf, Sharding):
+            continue
+        if not isinstance(leaf, PartitionSpec):
+            raise PartitionError(
+                f"found {leaf!r}, expected a PartitionSpec, a Sharding or None",
+                path="in_shardings",
+                fix='Write P("data") for an array whose first axis lies on the axis data.',
+            )
+        for entry in leaf:
+            for name in entry if isinstance(entry, tuple) else (entry,):
+                if isinstance(name, str) and name not in mesh.shape:
+                    raise PartitionError(
+                        f"{leaf} names {name!r}; the mesh has {', '.join(mesh.axis_names)}",
+                        path="in_shardings",
+                        fix="Name axes of the mesh.",
+                    )
+    return in_shardings
+
+
+def _is_spec(entry: Any) -> bool:
+    return isinstance(entry, PartitionSpec)
+
+
+def input_shardings(
+    in_shardings: Any, arguments: _trees.Arguments, mesh: Mesh | None
+) -> tuple[Any, ...] | None:
+    """The sharding of each array among the arguments of a call; None: as it comes.
+
+    Raises:
+        PartitionError: ``in_shardings`` has not the structure of the arguments, or an array does
+            not divide by it.
+    """
+    if in_shardings is None or mesh is None:
+        return None
+    args, kwargs = arguments.merge(arguments.dynamic)
+    if isinstance(in_shardings, tuple | list) and not _is_spec(in_shardings):
+        by_name: Mapping[Any, Any] = dict(enumerate(in_shardings))
+    elif isinstance(in_shardings, Mapping):
+        by_name = in_shardings
+    else:
+        by_name = dict.fromkeys([*range(len(args)), *kwargs], in_shardings)
+    unknown = [name for name in by_name if name not in kwargs and name not in range(len(args))]
+    if unknown and any(by_name[name] is not None for name in unknown):
+        raise PartitionError(
+            f"there is an entry for {unknown[0]!r}; the call has {len(args)} positional arguments"
+            f" and the keywords {sorted(kwargs)}",
+            path="in_shardings",
+            fix="Give an entry for each positional argument, or a dict by position and keyword.",
+        )
+    found: list[Any] = []
+    for name, argument in (*enumerate(args), *sorted(kwargs.items())):
+        found += _of_argument(name, argument, by_name.get(name), mesh)
+    return tuple(found)
+
+
+def _of_argument(name: Any, argument: Any, entry: Any, mesh: Mesh) -> list[Any]:
+    try:
+        spread = jax.tree.broadcast(
+            entry, argument, is_leaf=lambda leaf: leaf is None or _is_spec(leaf)
+        )
+    except ValueError as error:
+        raise PartitionError(
+            f"{entry!r} is no prefix of the argument's structure: {error}",
+            path=f"in_shardings[{name!r}]",
+            fix="Give one spec for the whole argument, or one for each of its parts.",
+        ) from error
+    where = jax.tree.leaves(spread, is_leaf=lambda leaf: leaf is None or _is_spec(leaf))
+    out = []
+    for leaf, spec in zip(jax.tree.leaves(argument), where, strict=True):
+        if not _trees.is_array(leaf):
+            continue
+        sharding = NamedSharding(mesh, spec) if isinstance(spec, PartitionSpec) else spec
+        if sharding is not None:
+            _check_fit(name, leaf, sharding)
+        out.append(sharding)
+    return out
+
+
+def _check_fit(name: Any, array: Any, sharding: Any) -> None:
+    try:
+        sharding.shard_shape(tuple(array.shape))
+    except ValueError as error:
+        raise PartitionError(
+            f"an array of shape {tuple(array.shape)} cannot be split so: {error}",
+            path=f"in_shardings[{name!r}]",
+            fix="Pass a batch that the mesh axes divide, or another spec.",
+        ) from error
