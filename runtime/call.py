@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from linsey.runtime import sharding
+from linsey.runtime.inputs import check_fit
 
 Traced = Callable[[tuple[Any, ...], tuple[Any, ...], Any], tuple[Any, dict[int, Any] | None]]
 """Slots, arrays of the arguments, and keys -> the output, and the slots that changed."""
@@ -19,8 +20,8 @@ class Call:
     """A call whose jit donates the slots that change, and knows where slots lie.
 
     The Python code is traced once: an inner jit tells which slots change, and the outer one, which
-    donates them, gets the trace that jax kept. It is inlined there, so that what is compiled is what
-    a plain jit compiles.
+    donates them, gets the trace that jax kept. It is inlined there, so that what is compiled is
+    what a plain jit compiles.
 
     Args:
         traced: the call.
@@ -45,7 +46,7 @@ class Call:
         slots: tuple[Any, ...] | None = None,
         inputs: tuple[Any, ...] | None = None,
     ) -> None:
-        self._inner: Any = jax.jit(traced, inline=True)
+        self._inner = cast(Any, jax.jit(traced, inline=True))  # its eval_shape is not annotated
         self._donate = donate
         self._mesh = mesh
         self._slots = slots
@@ -66,7 +67,7 @@ class Call:
         def outer(given: tuple[Any, ...], rest: tuple[Any, ...], dynamic: Any, keys: Any) -> Any:
             together = (*given, *rest)
             arrays = tuple(together[place] for place in places)
-            if self._mesh is not None and _is_explicit(self._mesh):
+            if self._mesh is not None and sharding.is_explicit(self._mesh):
                 arrays = _resharded(arrays, self._slots or ())
                 dynamic = _resharded(dynamic, self._inputs or (None,) * len(dynamic))
             output, new = self._inner(arrays, dynamic, keys)
@@ -108,6 +109,9 @@ class Call:
         moved = sharding.put(arrays, self._slots)
         replicated = NamedSharding(self._mesh, sharding.spec(()))
         wanted = self._inputs or (None,) * len(dynamic)
+        for value, where in zip(dynamic, wanted, strict=True):
+            if where is not None:
+                check_fit(value, where)
         inputs = tuple(
             sharding.put((value,), (where or (None if self._is_here(value) else replicated),))[0]
             for value, where in zip(dynamic, wanted, strict=True)
@@ -157,10 +161,6 @@ def _typed(value: Any, where: Any) -> Any:
         ),
         value,
     )
-
-
-def _is_explicit(mesh: Mesh) -> bool:
-    return AxisType.Explicit in mesh.axis_types
 
 
 def _resharded(values: tuple[Any, ...], wanted: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-from flax import errors
+from flax import errors, nnx
 from jax.sharding import Mesh
 
 from linsey import _trees
@@ -110,13 +110,13 @@ class Executable:
             )
         if self._jitted_init is None:
             self._jitted_init = jax.jit(self._traced_init, out_shardings=self._slots)
-        keys = None if rngs is None else _trees.key_dict(rngs)
-        return Values(self._index, self._jitted_init(keys))
+        return Values(self._index, self._jitted_init(_seed(rngs)))
 
-    def _traced_init(self, keys: Any) -> tuple[Any, ...]:
+    def _traced_init(self, rngs: Any) -> tuple[Any, ...]:
         assert self._init is not None
-        with self._around():
-            return self._init(keys).arrays
+        has_boxes = any(slot.box is not None for slot in self.graph.slots)
+        with self._around(is_init=has_boxes):
+            return self._init(rngs).arrays
 
     def place(self, values: Values) -> Values:
         """Values where the program wants them: on the mesh, each slot on its sharding.
@@ -141,11 +141,14 @@ class Executable:
     def _slots(self) -> tuple[Any, ...] | None:
         return None if self.shardings is None else self.shardings.arrays
 
-    def _around(self) -> AbstractContextManager[None]:
+    def _around(self, *, is_init: bool = False) -> AbstractContextManager[None]:
         """What the model's code finds around it when it is traced."""
         if self.mesh is None:
             return nullcontext()
-        return sharding.tracing_on(self.mesh, self._rules)
+        # On explicit axes Linen's boxes assert that a value lies as they say, and one that an
+        # initialiser just made does not yet.
+        hides = is_init and sharding.is_explicit(self.mesh)
+        return sharding.tracing_on(None if hides else self.mesh, self._rules)
 
     def _check_values(self, values: object) -> None:
         index = values.index if isinstance(values, Values) else values
@@ -308,6 +311,14 @@ def _is_array(arg: Any) -> bool:
     if not isinstance(arg, jax.core.Tracer):
         _ARRAY_TYPES.add(type(arg))
     return True
+
+
+def _seed(rngs: Any) -> Any:
+    """What the source's init takes, as a pytree of arrays: its streams are told by its form."""
+    if isinstance(rngs, int) and not isinstance(rngs, bool):
+        return jax.random.key(rngs)
+    is_whole = rngs is None or isinstance(rngs, nnx.Rngs) or _trees.is_array(rngs)
+    return rngs if is_whole else _trees.key_dict(rngs)
 
 
 def _strict(signature: tuple[Any, tuple[tuple[int, Any], ...]]) -> Any:

@@ -34,7 +34,8 @@ def read_inputs(in_shardings: Any, mesh: Mesh | None) -> Any:
             path="in_shardings",
             fix="Pass mesh= too.",
         )
-    for leaf in jax.tree.leaves(in_shardings, is_leaf=_is_spec):
+    entries: Any = in_shardings.values() if isinstance(in_shardings, Mapping) else (in_shardings,)
+    for leaf in jax.tree.leaves(tuple(entries), is_leaf=_is_spec):
         if isinstance(leaf, Sharding):
             continue
         if not isinstance(leaf, PartitionSpec):
@@ -108,17 +109,22 @@ def _of_argument(name: Any, argument: Any, entry: Any, mesh: Mesh) -> list[Any]:
             continue
         sharding = NamedSharding(mesh, spec) if isinstance(spec, PartitionSpec) else spec
         if sharding is not None:
-            _check_fit(name, leaf, sharding)
+            check_fit(leaf, sharding, f"in_shardings[{name!r}]")
         out.append(sharding)
     return out
 
 
-def _check_fit(name: Any, array: Any, sharding: Any) -> None:
+def check_fit(array: Any, sharding: Any, path: str = "in_shardings") -> None:
+    """Checks that a sharding divides an array.
+
+    Raises:
+        PartitionError: it does not.
+    """
     try:
         sharding.shard_shape(tuple(array.shape))
     except ValueError as error:
         raise PartitionError(
             f"an array of shape {tuple(array.shape)} cannot be split so: {error}",
-            path=f"in_shardings[{name!r}]",
+            path=path,
             fix="Pass a batch that the mesh axes divide, or another spec.",
         ) from error

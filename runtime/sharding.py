@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 from flax import linen, nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from linsey.ir import (
     UNCONSTRAINED,
@@ -137,6 +137,26 @@ def specs(graph: Graph, mesh: Any = None, rules: Any = None) -> Values:
     return Values(slot_index(graph), tuple(spec(placement.axes) for placement in found))
 
 
+def _check_boxes(graph: Graph, mesh: Mesh) -> None:
+    """Refuses Linen boxes that flax itself could not unbox on the mesh.
+
+    Raises:
+        PartitionError: an ``nn.Partitioned`` names an axis that the mesh does not have. Its names
+            are used as they stand when the model runs, whatever the rules say.
+    """
+    for slot in graph.slots:
+        if slot.box is None or slot.partition is None or slot.partition.logical:
+            continue
+        for name in slot.partition.axes:
+            if isinstance(name, str) and name not in mesh.shape:
+                raise PartitionError(
+                    f"an nn.Partitioned names {name!r}; flax takes it for an axis of the mesh when"
+                    f" the model runs, and the mesh has {', '.join(mesh.axis_names)}",
+                    path=slot.key,
+                    fix="Annotate logical axes by nn.with_logical_partitioning: rules map those.",
+                )
+
+
 def shardings(graph: Graph, mesh: Mesh, rules: Any = None) -> Values:
     """The ``NamedSharding`` of each slot on a mesh.
 
@@ -147,6 +167,7 @@ def shardings(graph: Graph, mesh: Mesh, rules: Any = None) -> Values:
         PartitionError: a slot does not fit.
     """
     found = _fitting(graph, mesh, rules)
+    _check_boxes(graph, mesh)
     return Values(
         slot_index(graph),
         tuple(
@@ -185,19 +206,25 @@ def spec(axes: tuple[Axis, ...]) -> PartitionSpec:
 
 
 @contextlib.contextmanager
-def tracing_on(mesh: Mesh, rules: Rules | None) -> Iterator[None]:
+def tracing_on(mesh: Mesh | None, rules: Rules | None) -> Iterator[None]:
     """What code that is traced for a mesh finds around it: the mesh, and the rules.
 
     Constraints of the model (``nn.with_logical_constraint``, ``lax.with_sharding_constraint`` with
     a bare spec) are resolved by these. Variables that are made inside are not sharded one by one.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
+        if mesh is not None:
+            stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
         stack.enter_context(nnx.use_eager_sharding(False))
         if rules is not None:
             pairs = tuple((name, _flax_axis(target)) for name, target in rules)
             stack.enter_context(linen.logical_axis_rules(pairs))
         yield
+
+
+def is_explicit(mesh: Mesh) -> bool:
+    """Whether the types of arrays on this mesh tell how they lie."""
+    return AxisType.Explicit in mesh.axis_types
 
 
 def _flax_axis(axis: Any) -> Any:

@@ -9,7 +9,8 @@ import pytest
 from compare import assert_same
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import linsey
 from linsey.ir import PartitionError
@@ -56,8 +57,8 @@ class Stack(nn.Module):
         return scan(Block(name="block"), x, None)[0]
 
 
-def by_hand(module: Any, mesh: Mesh = MESH, rules: Any = RULES) -> tuple[Any, Any, Any]:
-    """Variables born sharded, their shardings, and a jitted apply, as flax's guide does it."""
+def by_hand(module: Any, mesh: Mesh = MESH, rules: Any = RULES) -> tuple[Any, Any]:
+    """Variables born sharded, and a jitted apply, as flax's guide does it."""
 
     def init(keys: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
@@ -72,12 +73,12 @@ def by_hand(module: Any, mesh: Mesh = MESH, rules: Any = RULES) -> tuple[Any, An
             return module.apply(variables, x, True, mutable=["batch_stats"])
 
     into = (shardings, NamedSharding(mesh, P("data")))
-    return variables, shardings, jax.jit(apply, in_shardings=into)
+    return variables, jax.jit(apply, in_shardings=into)
 
 
 @pytest.mark.parametrize("module", [Block(), Stack()], ids=["block", "scan"])
 def test_a_sharded_run_equals_flax_by_hand(module: Any) -> None:
-    variables, shardings, apply = by_hand(module)
+    variables, apply = by_hand(module)
     exe = linsey.lower(module, X).compile(mesh=MESH, rules=RULES, in_shardings=(P("data"),))
     values = exe.init(KEY)
     plain = nn.unbox(variables)
@@ -97,3 +98,291 @@ def test_a_sharded_run_equals_flax_by_hand(module: Any) -> None:
                 expected = expected[name]
             assert_same(value, nn.unbox(expected))
         assert value.sharding.is_equivalent_to(exe.shardings[key], value.ndim)
+
+
+class Net(nnx.Module):
+    """Annotated with mesh axes, with batch statistics and dropout."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        up, down = {"out_sharding": (None, "model")}, {"out_sharding": ("model", None)}
+        self.up = nnx.Linear(16, 32, kernel_metadata=up, rngs=rngs)
+        self.norm = nnx.BatchNorm(32, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.down = nnx.Linear(32, 16, kernel_metadata=down, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.down(self.dropout(nnx.relu(self.norm(self.up(x)))))
+
+
+@pytest.fixture(scope="module")
+def net() -> linsey.Program:
+    with nnx.use_eager_sharding(False):
+        return linsey.lower(lambda rngs: Net(rngs), rngs=nnx.Rngs(0))
+
+
+def net_by_hand() -> tuple[Any, Any]:
+    """The state born sharded, and a jitted call, as NNX's guide does it."""
+    with jax.set_mesh(MESH):
+
+        @jax.jit
+        def make() -> Any:
+            state = nnx.state(Net(nnx.Rngs(0)))
+            return jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state))
+
+        state = make()
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
+
+        @jax.jit
+        def call(state: Any, x: Any) -> Any:
+            model = nnx.merge(graphdef, state)
+            return model(x), nnx.state(model)
+
+        batch = jax.device_put(X, NamedSharding(MESH, P("data")))
+        return state, call(state, batch)
+
+
+def test_an_nnx_model_on_a_mesh_equals_flax_by_hand(net: linsey.Program) -> None:
+    exe = net.compile(mesh=MESH, in_shardings=P("data"))
+    values = exe.init(0)
+    state, (expected_y, expected_state) = net_by_hand()
+
+    def same(values: linsey.Values, state: Any) -> None:
+        for path, variable in nnx.to_flat_state(state):
+            key = next(k for k in values if k.split("/", 1)[1] == "/".join(map(str, path)))
+            assert_same(values[key], variable.get_value())
+
+    same(values, state)
+    assert values["params/up/kernel"].sharding.spec == P(None, "model")
+    assert len(values["params/up/kernel"].addressable_shards) == 8
+    assert values["params/up/kernel"].addressable_shards[0].data.shape == (16, 16)
+    y, after = exe(values, X)
+    assert_same(y, expected_y)
+    same(after, expected_state)
+
+
+@pytest.mark.parametrize("rngs", [0, jax.random.key(0), nnx.Rngs(0)], ids=["int", "key", "Rngs"])
+def test_born_sharded_values_are_those_of_init(net: linsey.Program, rngs: Any) -> None:
+    expected = net.init(0).values
+    for key, value in net.compile(mesh=MESH).init(rngs).items():
+        assert_same(value, expected[key])
+
+
+OTHER = mesh_of(2, 4)
+SMALL = Mesh(
+    np.array(jax.devices()[:2]).reshape(1, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+)
+
+
+@pytest.mark.parametrize("source", ["host", "one device", "other mesh", "fewer devices"])
+def test_values_from_elsewhere_are_moved(net: linsey.Program, source: str) -> None:
+    exe = net.compile(mesh=MESH, in_shardings=P("data"))
+    expected, after = exe(exe.init(0), X)
+    plain = net.init(0).values
+    elsewhere = {
+        "host": lambda: jax.tree.map(
+            lambda leaf: leaf if "key" in str(leaf.dtype) else np.asarray(leaf), plain
+        ),
+        "one device": lambda: jax.device_put(plain, jax.devices()[3]),
+        "other mesh": lambda: net.compile(mesh=OTHER).init(0),
+        "fewer devices": lambda: net.compile(mesh=SMALL).init(0),
+    }[source]()
+    y, moved = exe(elsewhere, jax.device_put(X, jax.devices()[5]))
+    assert_same(y, expected)
+    placed = exe.place(elsewhere)
+    for key, value in placed.items():
+        assert value.sharding.is_equivalent_to(exe.shardings[key], value.ndim)
+        if key.startswith(("batch_stats", "RngCount")):
+            assert moved[key].sharding.is_equivalent_to(exe.shardings[key], value.ndim)
+            assert_same(moved[key], after[key])
+    again = exe.place(placed)
+    assert all(again[key] is value for key, value in placed.items())
+
+
+def test_what_changes_is_donated_and_stays_sharded(net: linsey.Program) -> None:
+    exe = net.compile(mesh=MESH, in_shardings=P("data"), donate=True)
+    expected = net.compile(mesh=MESH, in_shardings=P("data"))
+    values, other = exe.init(0), expected.init(0)
+    for _ in range(3):
+        before = values
+        y, values = exe(values, X)
+        expected_y, other = expected(other, X)
+        assert_same(y, expected_y)
+        gone = {key for key, value in before.items() if value.is_deleted()}
+        assert gone == {
+            "batch_stats/norm/mean",
+            "batch_stats/norm/var",
+            "RngCount/dropout/rngs/count",
+        }
+
+
+def test_the_python_code_is_traced_once() -> None:
+    traces = []
+
+    class Traced(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            if not self.is_initializing():
+                traces.append(x.shape)
+            count = self.variable("counts", "calls", lambda: jnp.zeros((), jnp.int32))
+            if not self.is_initializing():
+                count.value += 1
+            return nn.Dense(4)(x)
+
+    exe = linsey.lower(Traced(), X).compile(mesh=MESH, donate=True)
+    values = exe.init(0)
+    traces.clear()
+    for _ in range(3):
+        _, values = exe(values, X)
+    assert len(traces) == 1
+    assert values["counts/calls"] == 3
+
+
+def test_gradients_are_sharded_as_their_parameters(net: linsey.Program) -> None:
+    exe = net.compile(mesh=MESH, in_shardings=P("data"))
+    values = exe.init(0)
+
+    def loss(params: linsey.Values) -> Any:
+        return jnp.mean(exe(values.replace(params), X)[0] ** 2)
+
+    for key, gradient in jax.jit(jax.grad(loss))(values.select("params")).items():
+        assert gradient.sharding.is_equivalent_to(exe.shardings[key], gradient.ndim), key
+
+
+class Explicit(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+        return jnp.sin(x @ self.param("kernel", init, (16, 32)))
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_explicit_axes(placed: bool) -> None:
+    mesh = mesh_of(4, 2, kind=AxisType.Explicit)
+    program = linsey.lower(Explicit(), X)
+    exe = program.compile(mesh=mesh, in_shardings=P("data"))
+    values = exe.init(KEY)
+    assert values["params/kernel"].sharding == NamedSharding(mesh, P(None, "model"))
+    into = nn.get_sharding(jax.eval_shape(Explicit().init, KEY, X), mesh)
+    variables = jax.jit(Explicit().init, out_shardings=into)(KEY, X)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(X, NamedSharding(mesh, P("data")))
+        expected = jax.jit(Explicit().apply)(variables, batch)
+    y, _ = exe(values if placed else program.init(KEY).values, X)
+    assert_same(y, expected)
+    assert jax.typeof(y) == jax.typeof(expected)
+
+
+def test_rules_come_from_the_slot_or_from_around() -> None:
+    def dense(rules: Any) -> linsey.Program:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed", "mlp"), rules=rules)
+        return linsey.lower(nn.Dense(32, kernel_init=init), X)
+
+    own = (("embed", "data"), ("mlp", "model"))
+    assert dense(own).compile(mesh=MESH).shardings["params/kernel"].spec == P("data", "model")
+    with nn.logical_axis_rules((("embed", "model"),)):
+        exe = dense(None).compile(mesh=MESH)
+        assert dense(own).partition_specs(mesh=MESH)["params/kernel"] == P("data", "model")
+        given = dense(own).partition_specs(mesh=MESH, rules=[("mlp", "data")])
+    assert given["params/kernel"] == P(None, "data")
+    assert exe.shardings["params/kernel"].spec == P("model", None)  # the rules of that moment
+    assert exe.init(0)["params/kernel"].sharding.spec == P("model", None)
+
+
+def kernel(names: Any, shape: tuple[int, int] = (16, 32)) -> linsey.Program:
+    init = nn.with_partitioning(nn.initializers.ones, names)
+    return linsey.lower(nn.Dense(shape[1], kernel_init=init), X[:, : shape[0]])
+
+
+BAD = {
+    "unknown axis": (
+        lambda: kernel((None, "modle")).compile(mesh=MESH),
+        r"at params/kernel: axis 1 lies on 'modle', by the annotation itself; the mesh has"
+        r" data=4, model=2",
+    ),
+    "unknown axis by a rule": (
+        lambda: kernel((None, "mlp")).compile(mesh=MESH, rules=[("mlp", "modle")]),
+        r"at params/kernel: axis 1 lies on 'modle', by the rule \('mlp', 'modle'\)",
+    ),
+    "size": (
+        lambda: kernel(("data", None), (15, 32)).compile(mesh=MESH),
+        r"at params/kernel: axis 0 of float32\[15,32\] has size 15, which the 4 parts of 'data' do"
+        r" not divide \(the mesh has data=4, model=2\), put there by the annotation itself",
+    ),
+    "rank": (
+        lambda: kernel(("data",)).compile(mesh=MESH),
+        r"at params/kernel: the partition \('data',\) has 1 entries and the value"
+        r" float32\[16,32\] has 2 axes",
+    ),
+    "one axis twice": (
+        lambda: kernel(("data", ("model", "data"))).compile(mesh=MESH),
+        r"at params/kernel: axes 0 and 1 both lie on 'data'",
+    ),
+    "one name twice": (
+        lambda: kernel(("data", "data")).compile(mesh=MESH),
+        r"at params/kernel: the name 'data' stands at two axes",
+    ),
+    "rules that are no pairs": (
+        lambda: kernel(("data", None)).compile(mesh=MESH, rules=[("data",)]),
+        r"at rules: found \('data',\) among them, expected pairs",
+    ),
+    "logical names in Partitioned": (
+        lambda: kernel((None, "mlp")).compile(mesh=MESH, rules=[("mlp", "model")]),
+        r"at params/kernel: an nn.Partitioned names 'mlp'.*\n.*nn.with_logical_partitioning",
+    ),
+    "no mesh": (
+        lambda: kernel((None, None)).compile(in_shardings=P("data")),
+        r"at in_shardings: in_shardings are given and no mesh",
+    ),
+    "an axis of in_shardings": (
+        lambda: kernel((None, None)).compile(mesh=MESH, in_shardings=P("batch")),
+        r"at in_shardings: .* names 'batch'; the mesh has data, model",
+    ),
+    "an entry of in_shardings": (
+        lambda: kernel((None, None)).compile(mesh=MESH, in_shardings="data"),
+        r"at in_shardings: found 'data', expected a PartitionSpec, a Sharding or None",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit(name: str) -> None:
+    make, message = BAD[name]
+    with pytest.raises(PartitionError, match=message):
+        make()
+
+
+def test_arguments_that_do_not_fit_their_shardings(net: linsey.Program) -> None:
+    exe = net.compile(mesh=MESH, in_shardings=P("data"))
+    values = exe.init(0)
+    with pytest.raises(PartitionError, match=r"an array of shape \(7, 16\) cannot be split"):
+        exe(values, X[:7])
+    exe(values, X)
+    with pytest.raises(PartitionError, match=r"an array of shape \(7, 16\) cannot be split"):
+        exe(values, X[:7])
+    more = net.compile(mesh=MESH, in_shardings=(P("data"), P()))
+    with pytest.raises(PartitionError, match=r"an entry for 1; the call has 1 positional"):
+        more(values, X)
+
+
+class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, inputs: Any, *, mask: Any, scale: float) -> Any:
+        return nn.Dense(4)(inputs["x"]) * mask * inputs["by"] * scale
+
+
+@pytest.mark.parametrize(
+    "in_shardings",
+    [
+        P("data"),
+        {0: {"x": P("data"), "by": None}, "mask": P("data")},
+        {0: P("data"), "mask": NamedSharding(MESH, P("data", None))},
+    ],
+    ids=["one for all", "by argument", "prefix"],
+)
+def test_arguments_of_any_form_have_shardings(in_shardings: Any) -> None:
+    inputs = {"x": X, "by": np.ones((8, 1), np.float32)}
+    mask = np.ones((8, 4), np.float32)
+    program = linsey.lower(Masked(), inputs, mask=mask, scale=2.0)
+    exe = program.compile(mesh=MESH, in_shardings=in_shardings)
+    y, _ = exe(exe.init(0), inputs, mask=mask, scale=2.0)
+    assert y.sharding.is_equivalent_to(NamedSharding(MESH, P("data")), 2)
