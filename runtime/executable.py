@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, decode, 
 from linsey.runtime import sharding
 from linsey.runtime.call import Call
 from linsey.runtime.inputs import input_shardings, read_inputs
+from linsey.runtime.packing import PackedValues, packing_of
 
 _EMPTY: dict[str, Any] = {}
 _ARRAY_TYPES: set[type] = set()
@@ -48,6 +50,7 @@ class Executable:
         mesh: the mesh that the slots lie on, or None.
         rules: pairs of a logical axis and mesh axes; None: see `linsey.Program.compile`.
         in_shardings: how the arguments of calls lie on the mesh; None: as they come.
+        pack: whether small slots share buffers; see `linsey.Program.compile`.
 
     Raises:
         EmitError: there is no such method.
@@ -67,6 +70,7 @@ class Executable:
         mesh: Mesh | None = None,
         rules: Any = None,
         in_shardings: Any = None,
+        pack: bool = False,
     ) -> None:
         _check_method(graph, method)
         self.graph = graph
@@ -76,6 +80,7 @@ class Executable:
         """The sharding of each slot, by name; None without a mesh."""
         self._rules = sharding.rules_in_force(rules)
         self._inputs = read_inputs(in_shardings, mesh)
+        self._packing = packing_of(graph, mesh, self.shardings) if pack else None
         self.method = method
         self._init = init
         self._index = slot_index(graph)
@@ -109,8 +114,10 @@ class Executable:
                 fix="Use program.values, or lower a factory.",
             )
         if self._jitted_init is None:
-            self._jitted_init = jax.jit(self._traced_init, out_shardings=self._slots)
-        return Values(self._index, self._jitted_init(_seed(rngs)))
+            slots = None if self.shardings is None else self.shardings.arrays
+            self._jitted_init = jax.jit(self._traced_init, out_shardings=slots)
+        arrays: tuple[Any, ...] = self._jitted_init(_seed(rngs))
+        return self._values(self._stored(Values(self._index, arrays)))
 
     def _traced_init(self, rngs: Any) -> tuple[Any, ...]:
         assert self._init is not None
@@ -125,20 +132,41 @@ class Executable:
             values: values of this program, on the host or on any devices.
 
         Returns:
-            The values; those that lie right already are the very objects. Without a mesh, the
-            values as they are.
+            The values; those that lie right already are the very objects. Without a mesh and
+            packing, the values as they are.
 
         Raises:
             ValuesError: the values are not those of this program, or of another shape.
         """
         self._check_values(values)
-        if self._slots is None:
-            return values
-        _trees.check_shapes(self.graph, values.arrays)
-        return Values(self._index, sharding.put(values.arrays, self._slots))
+        if self.shardings is not None:
+            _trees.check_shapes(self.graph, values.arrays)
+            values = Values(self._index, sharding.put(values.arrays, self.shardings.arrays))
+        return self._values(self._stored(values))
+
+    def _values(self, stored: tuple[Any, ...]) -> Values:
+        if self._packing is None:
+            return Values(self._index, stored)
+        return PackedValues(self._packing, stored)
+
+    def _stored(self, values: Values) -> tuple[Any, ...]:
+        """What the jit boundary takes: a value per slot, or the buffers."""
+        if self._packing is None:
+            return values.arrays
+        if isinstance(values, PackedValues) and values.packing == self._packing:
+            return values.stored
+        is_abstract = any(isinstance(value, jax.ShapeDtypeStruct) for value in values.arrays)
+        pack = (
+            partial(jax.eval_shape, self._packing.pack) if is_abstract else self._packing.pack_now
+        )
+        stored: tuple[Any, ...] = pack(values.arrays)
+        return stored
 
     @property
-    def _slots(self) -> tuple[Any, ...] | None:
+    def _stored_on(self) -> tuple[Any, ...] | None:
+        """The shardings of what the jit boundary takes."""
+        if self._packing is not None:
+            return self._packing.shardings
         return None if self.shardings is None else self.shardings.arrays
 
     def _around(self, *, is_init: bool = False) -> AbstractContextManager[None]:
@@ -179,7 +207,7 @@ class Executable:
         for arg in args:
             if type(arg) not in _ARRAY_TYPES and not _is_array(arg):
                 return self._static_call(values, args, kwargs, rngs)
-        if kwargs or self._donate or self.mesh is not None:
+        if kwargs or self._donate or self.mesh is not None or self._packing is not None:
             return self._static_call(values, args, kwargs, rngs)
         if rngs is None:
             output, changed = self._fast(values.arrays, *args)
@@ -204,6 +232,7 @@ class Executable:
         keys = None if rngs is None else _trees.key_dict(rngs)
         arguments = _trees.Arguments.split(args, kwargs)
         signature = (arguments.treedef, arguments.static)
+        stored = self._stored(values)
         try:
             compiled = self._compiled.get(_strict(signature))
         except TypeError as error:
@@ -213,26 +242,35 @@ class Executable:
                 fix="Pass arrays, or hashable objects (a tuple in place of a list).",
             ) from error
         if compiled is None:
-            compiled = self._compile(arguments, values, keys)
+            compiled = self._compile(arguments, stored, keys)
             self._compiled[_strict(signature)] = compiled
-        output, changed = compiled(values.arrays, arguments.dynamic, keys)
-        return output, self._updated(values, changed) if changed else values
+        output, changed = compiled(stored, arguments.dynamic, keys)
+        if not changed:
+            return output, values
+        after = list(stored)
+        for position, value in changed.items():
+            after[position] = value
+        return output, self._values(tuple(after))
 
-    def _compile(self, arguments: _trees.Arguments, values: Values, keys: Any) -> Any:
-        def traced(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+    def _compile(self, arguments: _trees.Arguments, stored: tuple[Any, ...], keys: Any) -> Any:
+        def traced(stored: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
             args, kwargs = arguments.merge(dynamic)
-            return self._traced(arrays, args, kwargs, keys)
+            if self._packing is None:
+                return self._traced(stored, args, kwargs, keys)
+            arrays = self._packing.unpack(stored)
+            output, changed = self._traced(arrays, args, kwargs, keys)
+            return output, self._packing.repack(changed, arrays) if changed else None
 
         if self.mesh is None and not self._donate:
             return jax.jit(traced)
         return Call(
             traced,
-            values.arrays,
+            stored,
             arguments.dynamic,
             keys,
             donate=self._donate,
             mesh=self.mesh,
-            slots=self._slots,
+            slots=self._stored_on,
             inputs=input_shardings(self._inputs, arguments, self.mesh),
         )
 
@@ -275,7 +313,8 @@ class Executable:
         """
         arguments = _trees.Arguments.split(args, kwargs)
         keys = None if rngs is None else _trees.key_dict(rngs)
-        return self._compile(arguments, values, keys).lower(values.arrays, arguments.dynamic, keys)
+        stored = self._stored(values)
+        return self._compile(arguments, stored, keys).lower(stored, arguments.dynamic, keys)
 
 
 def _check_method(graph: Graph, method: Any) -> None:

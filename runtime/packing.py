@@ -1,0 +1,249 @@
+"""Many small slots in few buffers: fewer arrays for each call to hand over."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from linsey.ir import Graph, PartitionError, SlotIndex, TensorType, Values, slot_index
+from linsey.runtime import sharding
+
+SMALL = 1 << 16
+"""Slots of at most so many bytes are packed. Above, moving the bytes costs more than it saves."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A slot inside a buffer: the elements ``start`` to ``start + size`` of each shard."""
+
+    slot: int
+    shape: tuple[int, ...]
+    splits: tuple[int, ...]
+    """Into how many parts each axis is split."""
+    start: int
+    size: int
+
+
+_Buffer = tuple[_Part, ...]
+"""The slots of one dtype, one collection and one sharding."""
+
+
+class Packing:
+    """Which slots share which buffer.
+
+    In a buffer each shard holds the elements of all its slots one after another, so that packing
+    moves bytes within a device only.
+
+    Args:
+        index: the names of the slots.
+        buffers: what is packed.
+        loose: the slots that stay as they are.
+        slots: the sharding of each slot; None without a mesh.
+        shardings: of what is stored, the loose slots and then the buffers; None without a mesh.
+    """
+
+    def __init__(
+        self,
+        index: SlotIndex,
+        buffers: tuple[_Buffer, ...],
+        loose: tuple[int, ...],
+        slots: tuple[Any, ...] | None,
+        shardings: tuple[Any, ...] | None,
+    ) -> None:
+        self.index = index
+        self.buffers = buffers
+        self.loose = loose
+        self.shardings = shardings
+        self._data = (buffers, loose, shardings)
+        self.unpack_now = jax.jit(self.unpack, out_shardings=slots)
+        """`unpack`, under jit."""
+        self.pack_now = jax.jit(self.pack, out_shardings=shardings)
+        """`pack`, under jit."""
+        self.stored_at = {slot: position for position, slot in enumerate(loose)} | {
+            part.slot: len(loose) + number
+            for number, buffer in enumerate(buffers)
+            for part in buffer
+        }
+        """Position, among what is stored, of what holds each slot."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Packing) and self.index == other.index and self._data == other._data
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.index, self.buffers, self.loose))
+
+    def pack(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """The loose slots and the buffers, from a value per slot."""
+        loose = tuple(arrays[slot] for slot in self.loose)
+        return (*loose, *(self._packed(buffer, arrays) for buffer in self.buffers))
+
+    def repack(self, changed: dict[int, Any], arrays: Sequence[Any]) -> dict[int, Any]:
+        """What is stored anew after a call, by position among what is stored.
+
+        Args:
+            changed: the slots that changed.
+            arrays: the values before.
+        """
+        after = [changed.get(slot, value) for slot, value in enumerate(arrays)]
+        stored: dict[int, Any] = {}
+        for position in sorted({self.stored_at[slot] for slot in changed}):
+            number = position - len(self.loose)
+            if number < 0:
+                stored[position] = after[self.loose[position]]
+            else:
+                stored[position] = self._packed(self.buffers[number], after)
+        return stored
+
+    def unpack(self, stored: Sequence[Any]) -> tuple[Any, ...]:
+        """A value per slot, from what `pack` gave."""
+        arrays: list[Any] = [None] * len(self.index.keys)
+        for slot, value in zip(self.loose, stored, strict=False):
+            arrays[slot] = value
+        for buffer, flat in zip(self.buffers, stored[len(self.loose) :], strict=True):
+            for part in buffer:
+                piece = jax.lax.slice_in_dim(flat, part.start, part.start + part.size, axis=-1)
+                arrays[part.slot] = _joined(piece, part)
+        return tuple(arrays)
+
+    def _packed(self, buffer: _Buffer, arrays: Sequence[Any]) -> Any:
+        pieces = [_split(arrays[part.slot], part) for part in buffer]
+        # Else XLA computes hundreds of slots inside one loop, which takes it minutes to compile.
+        pieces = jax.lax.optimization_barrier(pieces)
+        return jnp.concatenate(pieces, axis=-1)
+
+
+def _split(value: Any, part: _Part) -> Any:
+    """A value as (split axes ..., elements of one shard)."""
+    steps = [
+        size
+        for whole, parts in zip(part.shape, part.splits, strict=True)
+        for size in (parts, whole // parts)
+    ]
+    axes = range(len(part.shape))
+    order = [2 * axis for axis in axes] + [2 * axis + 1 for axis in axes]
+    leading = [parts for parts in part.splits if parts > 1]
+    return jnp.reshape(jnp.transpose(jnp.reshape(value, steps), order), (*leading, part.size))
+
+
+def _joined(piece: Any, part: _Part) -> Any:
+    """Undoes `_split`."""
+    inner = [whole // parts for whole, parts in zip(part.shape, part.splits, strict=True)]
+    count = len(part.shape)
+    order = [
+        axis for pair in zip(range(count), range(count, 2 * count), strict=True) for axis in pair
+    ]
+    return jnp.reshape(jnp.transpose(jnp.reshape(piece, (*part.splits, *inner)), order), part.shape)
+
+
+def packing_of(
+    graph: Graph, mesh: Mesh | None, shardings: Values | None, small: int = SMALL
+) -> Packing:
+    """Packs the small slots of a graph.
+
+    Those of one dtype, one collection and one sharding share a buffer. PRNG keys, pytrees, Python
+    numbers and empty arrays stay as they are.
+
+    Args:
+        graph: the graph.
+        mesh: the mesh, or None.
+        shardings: the sharding of each slot, or None.
+        small: the most bytes of a slot that is packed.
+
+    Raises:
+        PartitionError: the mesh has explicit axes.
+    """
+    if mesh is not None and sharding.is_explicit(mesh):
+        raise PartitionError(
+            "found explicit axes, on which arrays that are split cannot be reshaped freely",
+            path="mesh",
+            fix="Compile without pack=True, or for a mesh with Auto axes.",
+        )
+    groups: dict[Any, list[_Part]] = {}
+    loose = []
+    for number, slot in enumerate(graph.slots):
+        kind = slot.type
+        if not isinstance(kind, TensorType) or not _is_small(kind, small):
+            loose.append(number)
+            continue
+        where = None if shardings is None else shardings.arrays[number]
+        part = _part(number, kind, where)
+        names = () if where is None else _split_names(where, part)
+        groups.setdefault((slot.collection, kind.dtype, names), []).append(part)
+    buffers, shared = [], []
+    for (_, _, names), parts in groups.items():
+        if len(parts) == 1:
+            loose.append(parts[0].slot)
+            continue
+        starts = itertools.accumulate((part.size for part in parts), initial=0)
+        placed = zip(parts, starts, strict=False)
+        buffers.append(tuple(replace(part, start=start) for part, start in placed))
+        shared.append(names)
+    loose.sort()
+    if mesh is None or shardings is None:
+        return Packing(slot_index(graph), tuple(buffers), tuple(loose), None, None)
+    stored = [shardings.arrays[slot] for slot in loose]
+    stored += [NamedSharding(mesh, sharding.spec((*names, None))) for names in shared]
+    slots = shardings.arrays
+    return Packing(slot_index(graph), tuple(buffers), tuple(loose), slots, tuple(stored))
+
+
+def _part(number: int, kind: TensorType, where: NamedSharding | None) -> _Part:
+    inner = kind.shape if where is None else where.shard_shape(kind.shape)
+    splits = tuple(whole // part for whole, part in zip(kind.shape, inner, strict=True))
+    return _Part(number, kind.shape, splits, 0, math.prod(inner))
+
+
+def _split_names(where: NamedSharding, part: _Part) -> tuple[Any, ...]:
+    """The mesh axes of each axis that is split, in order."""
+    return tuple(entry for entry, parts in zip(where.spec, part.splits, strict=False) if parts > 1)
+
+
+def _is_small(kind: TensorType, small: int) -> bool:
+    if kind.dtype in ("int", "float", "bool", "complex") or kind.dtype.startswith("key<"):
+        return False
+    return 0 < math.prod(kind.shape) * jnp.dtype(kind.dtype).itemsize <= small
+
+
+class PackedValues(Values):
+    """The values of a program that was compiled with ``pack=True``.
+
+    Reads like any `Values`. As a pytree its leaves are what is stored: the buffers, and the slots
+    that are not packed.
+
+    Args:
+        packing: which slots share which buffer.
+        stored: the slots that are not packed, and the buffers.
+    """
+
+    __slots__ = ("_arrays", "packing", "stored")
+
+    def __init__(self, packing: Packing, stored: tuple[Any, ...]) -> None:
+        self.packing = packing
+        self.stored = stored
+        self.index = packing.index
+        self._arrays: tuple[Any, ...] | None = None
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:  # type: ignore[override]
+        """A value per slot, unpacked when first asked for."""
+        if self._arrays is None:
+            is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in self.stored)
+            unpack = self.packing.unpack if is_traced else self.packing.unpack_now
+            self._arrays = unpack(self.stored)
+        return self._arrays
+
+
+def _flatten(values: PackedValues) -> tuple[tuple[Any, ...], Packing]:
+    return values.stored, values.packing
+
+
+jax.tree_util.register_pytree_node(PackedValues, _flatten, PackedValues)
