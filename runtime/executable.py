@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,12 +15,8 @@ from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, decode, describe, slot_index
 from linsey.runtime import sharding
 from linsey.runtime.call import Call
-from linsey.runtime.inputs import input_shardings, read_inputs
-from linsey.runtime.packing import PackedValues, packing_of
-
-_EMPTY: dict[str, Any] = {}
-_ARRAY_TYPES: set[type] = set()
-"""The types of concrete arrays met so far: a set look-up is faster than ``isinstance``."""
+from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
+from linsey.runtime.packing import PackedValues, Packing, packed, packing_of
 
 
 class Executable:
@@ -80,7 +75,7 @@ class Executable:
         """The sharding of each slot, by name; None without a mesh."""
         self._rules = sharding.rules_in_force(rules)
         self._inputs = read_inputs(in_shardings, mesh)
-        self._packing = packing_of(graph, mesh, self.shardings) if pack else None
+        self._packing = self._packing_of(graph) if pack else None
         self.method = method
         self._init = init
         self._index = slot_index(graph)
@@ -88,12 +83,16 @@ class Executable:
         self._mutable = _with_capture(self._run, mutable, capture)
         self._capture = capture
         self._donate = donate
-        self._fast = jax.jit(lambda arrays, *args: self._traced(arrays, args, _EMPTY, None))
-        self._fast_keyed = jax.jit(
-            lambda arrays, keys, *args: self._traced(arrays, args, _EMPTY, keys)
-        )
         self._compiled: dict[Any, Any] = {}
         self._jitted_init: Any = None
+
+    def _packing_of(self, graph: Graph) -> Packing:
+        return packing_of(
+            [slot.type for slot in graph.slots],
+            [slot.collection for slot in graph.slots],
+            mesh=self.mesh,
+            shardings=None if self.shardings is None else self.shardings.arrays,
+        )
 
     def init(self, rngs: Any = None) -> Values:
         """Concrete values, initialised under jit.
@@ -147,7 +146,7 @@ class Executable:
     def _values(self, stored: tuple[Any, ...]) -> Values:
         if self._packing is None:
             return Values(self._index, stored)
-        return PackedValues(self._packing, stored)
+        return PackedValues(self._index, self._packing, stored)
 
     def _stored(self, values: Values) -> tuple[Any, ...]:
         """What the jit boundary takes: a value per slot, or the buffers."""
@@ -155,12 +154,7 @@ class Executable:
             return values.arrays
         if isinstance(values, PackedValues) and values.packing == self._packing:
             return values.stored
-        is_abstract = any(isinstance(value, jax.ShapeDtypeStruct) for value in values.arrays)
-        pack = (
-            partial(jax.eval_shape, self._packing.pack) if is_abstract else self._packing.pack_now
-        )
-        stored: tuple[Any, ...] = pack(values.arrays)
-        return stored
+        return packed(self._packing, values.arrays)
 
     @property
     def _stored_on(self) -> tuple[Any, ...] | None:
@@ -203,48 +197,14 @@ class Executable:
             EmitError: a PRNG stream is missing.
         """
         self._check_values(values)
-        # What follows is paid at every call: a microsecond in all.
-        for arg in args:
-            if type(arg) not in _ARRAY_TYPES and not _is_array(arg):
-                return self._static_call(values, args, kwargs, rngs)
-        if kwargs or self._donate or self.mesh is not None or self._packing is not None:
-            return self._static_call(values, args, kwargs, rngs)
-        if rngs is None:
-            output, changed = self._fast(values.arrays, *args)
-        else:
-            is_plain = type(rngs) is dict and all(
-                type(key) in _ARRAY_TYPES for key in rngs.values()
-            )
-            keys = rngs if is_plain else _trees.key_dict(rngs)
-            output, changed = self._fast_keyed(values.arrays, keys, *args)
-        return output, self._updated(values, changed) if changed else values
-
-    def _updated(self, values: Values, changed: Mapping[int, Any]) -> Values:
-        arrays = list(values.arrays)
-        for slot, value in changed.items():
-            arrays[slot] = value
-        return Values(self._index, tuple(arrays))
-
-    def _static_call(
-        self, values: Values, args: tuple[Any, ...], kwargs: dict[str, Any], rngs: Any
-    ) -> tuple[Any, Values]:
-        """A call with static arguments, or with donation."""
-        keys = None if rngs is None else _trees.key_dict(rngs)
-        arguments = _trees.Arguments.split(args, kwargs)
-        signature = (arguments.treedef, arguments.static)
-        stored = self._stored(values)
-        try:
-            compiled = self._compiled.get(_strict(signature))
-        except TypeError as error:
-            raise EmitError(
-                f"a static argument cannot be hashed: {error}",
-                path="arguments",
-                fix="Pass arrays, or hashable objects (a tuple in place of a list).",
-            ) from error
+        # What follows is paid at every call.
+        signature, dynamic = signature_of(args, kwargs)
+        keys, stored = keys_of(rngs), self._stored(values)
+        compiled = self._compiled.get(signature)
         if compiled is None:
-            compiled = self._compile(arguments, stored, keys)
-            self._compiled[_strict(signature)] = compiled
-        output, changed = compiled(stored, arguments.dynamic, keys)
+            compiled = self._compile(args, kwargs, stored, keys)
+            self._compiled[signature] = compiled
+        output, changed = compiled(stored, dynamic, keys)
         if not changed:
             return output, values
         after = list(stored)
@@ -252,7 +212,11 @@ class Executable:
             after[position] = value
         return output, self._values(tuple(after))
 
-    def _compile(self, arguments: _trees.Arguments, stored: tuple[Any, ...], keys: Any) -> Any:
+    def _compile(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], stored: tuple[Any, ...], keys: Any
+    ) -> Any:
+        arguments = _trees.Arguments.split(args, kwargs)
+
         def traced(stored: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
             args, kwargs = arguments.merge(dynamic)
             if self._packing is None:
@@ -311,10 +275,9 @@ class Executable:
             rngs: keys for this call.
             kwargs: keyword arguments.
         """
-        arguments = _trees.Arguments.split(args, kwargs)
-        keys = None if rngs is None else _trees.key_dict(rngs)
-        stored = self._stored(values)
-        return self._compile(arguments, stored, keys).lower(stored, arguments.dynamic, keys)
+        keys, stored = keys_of(rngs), self._stored(values)
+        dynamic = _trees.Arguments.split(args, kwargs).dynamic
+        return self._compile(args, kwargs, stored, keys).lower(stored, dynamic, keys)
 
 
 def _check_method(graph: Graph, method: Any) -> None:
@@ -344,26 +307,12 @@ def _name(graph: Graph, method: Any) -> str:
     return f"{cls}.{called}"
 
 
-def _is_array(arg: Any) -> bool:
-    if not isinstance(arg, jax.Array):
-        return False
-    if not isinstance(arg, jax.core.Tracer):
-        _ARRAY_TYPES.add(type(arg))
-    return True
-
-
 def _seed(rngs: Any) -> Any:
     """What the source's init takes, as a pytree of arrays: its streams are told by its form."""
     if isinstance(rngs, int) and not isinstance(rngs, bool):
         return jax.random.key(rngs)
     is_whole = rngs is None or isinstance(rngs, nnx.Rngs) or _trees.is_array(rngs)
     return rngs if is_whole else _trees.key_dict(rngs)
-
-
-def _strict(signature: tuple[Any, tuple[tuple[int, Any], ...]]) -> Any:
-    """The signature with types, so that 1, 1.0 and True are three signatures."""
-    treedef, static = signature
-    return treedef, tuple((position, type(value), value) for position, value in static)
 
 
 def _with_capture(run: Any, mutable: Any, capture: tuple[str, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""How the arguments of a call lie on a mesh."""
+"""The arguments of a call: which are traced, what tells calls apart, how they lie on a mesh."""
 
 from __future__ import annotations
 
@@ -6,10 +6,64 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from linsey import _trees
-from linsey.ir import PartitionError
+from linsey.ir import EmitError, PartitionError
+
+_ARRAY_TYPES: set[type] = set()
+"""The types of concrete arrays met so far: a set look-up is faster than ``isinstance``."""
+
+
+def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """What tells a call from others that compile apart, and its arrays.
+
+    Where all arguments are arrays by position, which this is quick for, it is their number.
+
+    Raises:
+        EmitError: a static argument cannot be hashed.
+    """
+    if not kwargs:
+        for arg in args:
+            if type(arg) not in _ARRAY_TYPES and not _is_array(arg):
+                break
+        else:
+            return len(args), args
+    arguments = _trees.Arguments.split(args, kwargs)
+    # With their types: 1, 1.0 and True are three signatures.
+    static = tuple((place, type(value), value) for place, value in arguments.static)
+    signature = (arguments.treedef, static)
+    try:
+        hash(signature)
+    except TypeError as error:
+        raise EmitError(
+            f"a static argument cannot be hashed: {error}",
+            path="arguments",
+            fix="Pass arrays, or hashable objects (a tuple in place of a list).",
+        ) from error
+    return signature, arguments.dynamic
+
+
+def _is_array(arg: Any) -> bool:
+    if not isinstance(arg, jax.Array | np.ndarray):
+        return False
+    if not isinstance(arg, jax.core.Tracer):
+        _ARRAY_TYPES.add(type(arg))
+    return True
+
+
+def keys_of(rngs: Any) -> dict[str, Any] | None:
+    """The keys of a call by stream, from any form of them; None: none.
+
+    Raises:
+        LinseyError: they are no keys.
+    """
+    if rngs is None:
+        return None
+    if type(rngs) is dict and all(type(key) in _ARRAY_TYPES for key in rngs.values()):
+        return rngs
+    return _trees.key_dict(rngs)
 
 
 def read_inputs(in_shardings: Any, mesh: Mesh | None) -> Any:

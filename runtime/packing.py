@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from linsey.ir import Graph, PartitionError, SlotIndex, TensorType, Values, slot_index
+from linsey.ir import PartitionError, SlotIndex, TensorType, Values, ValueType
 from linsey.runtime import sharding
 
 SMALL = 1 << 16
@@ -42,7 +42,6 @@ class Packing:
     moves bytes within a device only.
 
     Args:
-        index: the names of the slots.
         buffers: what is packed.
         loose: the slots that stay as they are.
         slots: the sharding of each slot; None without a mesh.
@@ -51,13 +50,11 @@ class Packing:
 
     def __init__(
         self,
-        index: SlotIndex,
         buffers: tuple[_Buffer, ...],
         loose: tuple[int, ...],
         slots: tuple[Any, ...] | None,
         shardings: tuple[Any, ...] | None,
     ) -> None:
-        self.index = index
         self.buffers = buffers
         self.loose = loose
         self.shardings = shardings
@@ -74,12 +71,10 @@ class Packing:
         """Position, among what is stored, of what holds each slot."""
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Packing) and self.index == other.index and self._data == other._data
-        )
+        return self is other or (isinstance(other, Packing) and self._data == other._data)
 
     def __hash__(self) -> int:
-        return hash((self.index, self.buffers, self.loose))
+        return hash((self.buffers, self.loose))
 
     def pack(self, arrays: Sequence[Any]) -> tuple[Any, ...]:
         """The loose slots and the buffers, from a value per slot."""
@@ -105,7 +100,7 @@ class Packing:
 
     def unpack(self, stored: Sequence[Any]) -> tuple[Any, ...]:
         """A value per slot, from what `pack` gave."""
-        arrays: list[Any] = [None] * len(self.index.keys)
+        arrays: list[Any] = [None] * len(self.stored_at)
         for slot, value in zip(self.loose, stored, strict=False):
             arrays[slot] = value
         for buffer, flat in zip(self.buffers, stored[len(self.loose) :], strict=True):
@@ -117,7 +112,8 @@ class Packing:
     def _packed(self, buffer: _Buffer, arrays: Sequence[Any]) -> Any:
         pieces = [_split(arrays[part.slot], part) for part in buffer]
         # Else XLA computes hundreds of slots inside one loop, which takes it minutes to compile.
-        pieces = jax.lax.optimization_barrier(pieces)
+        barrier: Any = jax.lax.optimization_barrier  # not annotated
+        pieces = barrier(pieces)
         return jnp.concatenate(pieces, axis=-1)
 
 
@@ -145,15 +141,21 @@ def _joined(piece: Any, part: _Part) -> Any:
 
 
 def packing_of(
-    graph: Graph, mesh: Mesh | None, shardings: Values | None, small: int = SMALL
+    kinds: Sequence[ValueType],
+    groups: Sequence[Hashable],
+    *,
+    mesh: Mesh | None,
+    shardings: tuple[Any, ...] | None,
+    small: int = SMALL,
 ) -> Packing:
-    """Packs the small slots of a graph.
+    """Packs small slots.
 
-    Those of one dtype, one collection and one sharding share a buffer. PRNG keys, pytrees, Python
-    numbers and empty arrays stay as they are.
+    Those of one group, dtype and sharding share a buffer. PRNG keys, pytrees, Python numbers and
+    empty arrays stay as they are.
 
     Args:
-        graph: the graph.
+        kinds: the type of each slot.
+        groups: what each slot belongs to; slots that change together should share a group.
         mesh: the mesh, or None.
         shardings: the sharding of each slot, or None.
         small: the most bytes of a slot that is packed.
@@ -167,19 +169,18 @@ def packing_of(
             path="mesh",
             fix="Compile without pack=True, or for a mesh with Auto axes.",
         )
-    groups: dict[Any, list[_Part]] = {}
+    together: dict[Any, list[_Part]] = {}
     loose = []
-    for number, slot in enumerate(graph.slots):
-        kind = slot.type
+    for number, (kind, group) in enumerate(zip(kinds, groups, strict=True)):
         if not isinstance(kind, TensorType) or not _is_small(kind, small):
             loose.append(number)
             continue
-        where = None if shardings is None else shardings.arrays[number]
+        where = None if shardings is None else shardings[number]
         part = _part(number, kind, where)
         names = () if where is None else _split_names(where, part)
-        groups.setdefault((slot.collection, kind.dtype, names), []).append(part)
+        together.setdefault((group, kind.dtype, names), []).append(part)
     buffers, shared = [], []
-    for (_, _, names), parts in groups.items():
+    for (_, _, names), parts in together.items():
         if len(parts) == 1:
             loose.append(parts[0].slot)
             continue
@@ -189,11 +190,10 @@ def packing_of(
         shared.append(names)
     loose.sort()
     if mesh is None or shardings is None:
-        return Packing(slot_index(graph), tuple(buffers), tuple(loose), None, None)
-    stored = [shardings.arrays[slot] for slot in loose]
+        return Packing(tuple(buffers), tuple(loose), None, None)
+    stored = [shardings[slot] for slot in loose]
     stored += [NamedSharding(mesh, sharding.spec((*names, None))) for names in shared]
-    slots = shardings.arrays
-    return Packing(slot_index(graph), tuple(buffers), tuple(loose), slots, tuple(stored))
+    return Packing(tuple(buffers), tuple(loose), shardings, tuple(stored))
 
 
 def _part(number: int, kind: TensorType, where: NamedSharding | None) -> _Part:
@@ -220,30 +220,45 @@ class PackedValues(Values):
     that are not packed.
 
     Args:
+        index: the names of the slots.
         packing: which slots share which buffer.
         stored: the slots that are not packed, and the buffers.
     """
 
     __slots__ = ("_arrays", "packing", "stored")
 
-    def __init__(self, packing: Packing, stored: tuple[Any, ...]) -> None:
+    def __init__(self, index: SlotIndex, packing: Packing, stored: tuple[Any, ...]) -> None:
+        self.index = index
         self.packing = packing
         self.stored = stored
-        self.index = packing.index
         self._arrays: tuple[Any, ...] | None = None
 
     @property
     def arrays(self) -> tuple[Any, ...]:  # type: ignore[override]
         """A value per slot, unpacked when first asked for."""
         if self._arrays is None:
-            is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in self.stored)
-            unpack = self.packing.unpack if is_traced else self.packing.unpack_now
-            self._arrays = unpack(self.stored)
+            self._arrays = unpacked(self.packing, self.stored)
         return self._arrays
 
 
-def _flatten(values: PackedValues) -> tuple[tuple[Any, ...], Packing]:
-    return values.stored, values.packing
+def packed(packing: Packing, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What is stored, for values of any kind: concrete, traced or abstract."""
+    if any(isinstance(value, jax.ShapeDtypeStruct) for value in arrays):
+        return jax.eval_shape(packing.pack, arrays)  # type: ignore[no-any-return]
+    return packing.pack_now(arrays)  # type: ignore[no-any-return]
 
 
-jax.tree_util.register_pytree_node(PackedValues, _flatten, PackedValues)
+def unpacked(packing: Packing, stored: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A value per slot, for what is stored of any kind."""
+    if any(isinstance(value, jax.ShapeDtypeStruct) for value in stored):
+        return jax.eval_shape(packing.unpack, stored)  # type: ignore[no-any-return]
+    return packing.unpack_now(stored)  # type: ignore[no-any-return]
+
+
+def _flatten(values: PackedValues) -> tuple[tuple[Any, ...], tuple[SlotIndex, Packing]]:
+    return values.stored, (values.index, values.packing)
+
+
+jax.tree_util.register_pytree_node(
+    PackedValues, _flatten, lambda form, stored: PackedValues(*form, tuple(stored))
+)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from linsey.ir import Graph, LinseyError, Values
     from linsey.lowering import lower, to_linen, to_nnx
     from linsey.program import Program
-    from linsey.runtime import Executable
+    from linsey.runtime import Executable, checkpoint
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,8 @@ _HOME = {
     "to_linen": "linsey.lowering",
     "to_nnx": "linsey.lowering",
 }
+
+_NAMESPACES = {"bridge": "linsey.bridge", "checkpoint": "linsey.runtime.checkpoint"}
 
 __all__ = [
     "Executable",
@@ -41,10 +43,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name == "bridge":
-        return importlib.import_module("linsey.bridge")
+    if name in _NAMESPACES:
+        return importlib.import_module(_NAMESPACES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, "bridge"})
+    return sorted({*globals(), *_HOME, *_NAMESPACES})

@@ -1,5 +1,6 @@
 """Programs on a mesh of eight faked devices: born sharded, run sharded, equal to flax by hand."""
 
+import functools
 from typing import Any
 
 import jax
@@ -22,11 +23,14 @@ X = np.linspace(-1.0, 1.0, 8 * 16, dtype=np.float32).reshape(8, 16)
 KEY = {"params": jax.random.key(0)}
 
 
+@functools.cache
 def mesh_of(*shape: int, kind: AxisType = AxisType.Auto, names: Any = ("data", "model")) -> Mesh:
     return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
 
 
-MESH = mesh_of(4, 2)
+def grid() -> Mesh:
+    """Eight devices; made when a test runs, since other runs have only one."""
+    return mesh_of(4, 2)
 
 
 class Block(nn.Module):
@@ -57,8 +61,10 @@ class Stack(nn.Module):
         return scan(Block(name="block"), x, None)[0]
 
 
-def by_hand(module: Any, mesh: Mesh = MESH, rules: Any = RULES) -> tuple[Any, Any]:
+def by_hand(module: Any, rules: Any = RULES) -> tuple[Any, Any]:
     """Variables born sharded, and a jitted apply, as flax's guide does it."""
+
+    mesh = grid()
 
     def init(keys: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
@@ -79,7 +85,7 @@ def by_hand(module: Any, mesh: Mesh = MESH, rules: Any = RULES) -> tuple[Any, An
 @pytest.mark.parametrize("module", [Block(), Stack()], ids=["block", "scan"])
 def test_a_sharded_run_equals_flax_by_hand(module: Any) -> None:
     variables, apply = by_hand(module)
-    exe = linsey.lower(module, X).compile(mesh=MESH, rules=RULES, in_shardings=(P("data"),))
+    exe = linsey.lower(module, X).compile(mesh=grid(), rules=RULES, in_shardings=(P("data"),))
     values = exe.init(KEY)
     plain = nn.unbox(variables)
     for key, value in values.items():
@@ -122,7 +128,7 @@ def net() -> linsey.Program:
 
 def net_by_hand() -> tuple[Any, Any]:
     """The state born sharded, and a jitted call, as NNX's guide does it."""
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(grid()):
 
         @jax.jit
         def make() -> Any:
@@ -137,12 +143,12 @@ def net_by_hand() -> tuple[Any, Any]:
             model = nnx.merge(graphdef, state)
             return model(x), nnx.state(model)
 
-        batch = jax.device_put(X, NamedSharding(MESH, P("data")))
+        batch = jax.device_put(X, NamedSharding(grid(), P("data")))
         return state, call(state, batch)
 
 
 def test_an_nnx_model_on_a_mesh_equals_flax_by_hand(net: linsey.Program) -> None:
-    exe = net.compile(mesh=MESH, in_shardings=P("data"))
+    exe = net.compile(mesh=grid(), in_shardings=P("data"))
     values = exe.init(0)
     state, (expected_y, expected_state) = net_by_hand()
 
@@ -163,28 +169,24 @@ def test_an_nnx_model_on_a_mesh_equals_flax_by_hand(net: linsey.Program) -> None
 @pytest.mark.parametrize("rngs", [0, jax.random.key(0), nnx.Rngs(0)], ids=["int", "key", "Rngs"])
 def test_born_sharded_values_are_those_of_init(net: linsey.Program, rngs: Any) -> None:
     expected = net.init(0).values
-    for key, value in net.compile(mesh=MESH).init(rngs).items():
+    for key, value in net.compile(mesh=grid()).init(rngs).items():
         assert_same(value, expected[key])
-
-
-OTHER = mesh_of(2, 4)
-SMALL = Mesh(
-    np.array(jax.devices()[:2]).reshape(1, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2
-)
 
 
 @pytest.mark.parametrize("source", ["host", "one device", "other mesh", "fewer devices"])
 def test_values_from_elsewhere_are_moved(net: linsey.Program, source: str) -> None:
-    exe = net.compile(mesh=MESH, in_shardings=P("data"))
+    exe = net.compile(mesh=grid(), in_shardings=P("data"))
     expected, after = exe(exe.init(0), X)
     plain = net.init(0).values
+    devices = np.array(jax.devices()[:2]).reshape(1, 2)
+    few = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     elsewhere = {
         "host": lambda: jax.tree.map(
             lambda leaf: leaf if "key" in str(leaf.dtype) else np.asarray(leaf), plain
         ),
         "one device": lambda: jax.device_put(plain, jax.devices()[3]),
-        "other mesh": lambda: net.compile(mesh=OTHER).init(0),
-        "fewer devices": lambda: net.compile(mesh=SMALL).init(0),
+        "other mesh": lambda: net.compile(mesh=mesh_of(2, 4)).init(0),
+        "fewer devices": lambda: net.compile(mesh=few).init(0),
     }[source]()
     y, moved = exe(elsewhere, jax.device_put(X, jax.devices()[5]))
     assert_same(y, expected)
@@ -199,8 +201,8 @@ def test_values_from_elsewhere_are_moved(net: linsey.Program, source: str) -> No
 
 
 def test_what_changes_is_donated_and_stays_sharded(net: linsey.Program) -> None:
-    exe = net.compile(mesh=MESH, in_shardings=P("data"), donate=True)
-    expected = net.compile(mesh=MESH, in_shardings=P("data"))
+    exe = net.compile(mesh=grid(), in_shardings=P("data"), donate=True)
+    expected = net.compile(mesh=grid(), in_shardings=P("data"))
     values, other = exe.init(0), expected.init(0)
     for _ in range(3):
         before = values
@@ -228,7 +230,7 @@ def test_the_python_code_is_traced_once() -> None:
                 count.value += 1
             return nn.Dense(4)(x)
 
-    exe = linsey.lower(Traced(), X).compile(mesh=MESH, donate=True)
+    exe = linsey.lower(Traced(), X).compile(mesh=grid(), donate=True)
     values = exe.init(0)
     traces.clear()
     for _ in range(3):
@@ -238,7 +240,7 @@ def test_the_python_code_is_traced_once() -> None:
 
 
 def test_gradients_are_sharded_as_their_parameters(net: linsey.Program) -> None:
-    exe = net.compile(mesh=MESH, in_shardings=P("data"))
+    exe = net.compile(mesh=grid(), in_shardings=P("data"))
     values = exe.init(0)
 
     def loss(params: linsey.Values) -> Any:
@@ -278,11 +280,11 @@ def test_rules_come_from_the_slot_or_from_around() -> None:
         return linsey.lower(nn.Dense(32, kernel_init=init), X)
 
     own = (("embed", "data"), ("mlp", "model"))
-    assert dense(own).compile(mesh=MESH).shardings["params/kernel"].spec == P("data", "model")
+    assert dense(own).compile(mesh=grid()).shardings["params/kernel"].spec == P("data", "model")
     with nn.logical_axis_rules((("embed", "model"),)):
-        exe = dense(None).compile(mesh=MESH)
-        assert dense(own).partition_specs(mesh=MESH)["params/kernel"] == P("data", "model")
-        given = dense(own).partition_specs(mesh=MESH, rules=[("mlp", "data")])
+        exe = dense(None).compile(mesh=grid())
+        assert dense(own).partition_specs(mesh=grid())["params/kernel"] == P("data", "model")
+        given = dense(own).partition_specs(mesh=grid(), rules=[("mlp", "data")])
     assert given["params/kernel"] == P(None, "data")
     assert exe.shardings["params/kernel"].spec == P("model", None)  # the rules of that moment
     assert exe.init(0)["params/kernel"].sharding.spec == P("model", None)
@@ -295,38 +297,38 @@ def kernel(names: Any, shape: tuple[int, int] = (16, 32)) -> linsey.Program:
 
 BAD = {
     "unknown axis": (
-        lambda: kernel((None, "modle")).compile(mesh=MESH),
+        lambda: kernel((None, "modle")).compile(mesh=grid()),
         r"at params/kernel: axis 1 lies on 'modle', by the annotation itself; the mesh has"
         r" data=4, model=2",
     ),
     "unknown axis by a rule": (
-        lambda: kernel((None, "mlp")).compile(mesh=MESH, rules=[("mlp", "modle")]),
+        lambda: kernel((None, "mlp")).compile(mesh=grid(), rules=[("mlp", "modle")]),
         r"at params/kernel: axis 1 lies on 'modle', by the rule \('mlp', 'modle'\)",
     ),
     "size": (
-        lambda: kernel(("data", None), (15, 32)).compile(mesh=MESH),
+        lambda: kernel(("data", None), (15, 32)).compile(mesh=grid()),
         r"at params/kernel: axis 0 of float32\[15,32\] has size 15, which the 4 parts of 'data' do"
         r" not divide \(the mesh has data=4, model=2\), put there by the annotation itself",
     ),
     "rank": (
-        lambda: kernel(("data",)).compile(mesh=MESH),
+        lambda: kernel(("data",)).compile(mesh=grid()),
         r"at params/kernel: the partition \('data',\) has 1 entries and the value"
         r" float32\[16,32\] has 2 axes",
     ),
     "one axis twice": (
-        lambda: kernel(("data", ("model", "data"))).compile(mesh=MESH),
+        lambda: kernel(("data", ("model", "data"))).compile(mesh=grid()),
         r"at params/kernel: axes 0 and 1 both lie on 'data'",
     ),
     "one name twice": (
-        lambda: kernel(("data", "data")).compile(mesh=MESH),
+        lambda: kernel(("data", "data")).compile(mesh=grid()),
         r"at params/kernel: the name 'data' stands at two axes",
     ),
     "rules that are no pairs": (
-        lambda: kernel(("data", None)).compile(mesh=MESH, rules=[("data",)]),
+        lambda: kernel(("data", None)).compile(mesh=grid(), rules=[("data",)]),
         r"at rules: found \('data',\) among them, expected pairs",
     ),
     "logical names in Partitioned": (
-        lambda: kernel((None, "mlp")).compile(mesh=MESH, rules=[("mlp", "model")]),
+        lambda: kernel((None, "mlp")).compile(mesh=grid(), rules=[("mlp", "model")]),
         r"at params/kernel: an nn.Partitioned names 'mlp'.*\n.*nn.with_logical_partitioning",
     ),
     "no mesh": (
@@ -334,11 +336,11 @@ BAD = {
         r"at in_shardings: in_shardings are given and no mesh",
     ),
     "an axis of in_shardings": (
-        lambda: kernel((None, None)).compile(mesh=MESH, in_shardings=P("batch")),
+        lambda: kernel((None, None)).compile(mesh=grid(), in_shardings=P("batch")),
         r"at in_shardings: .* names 'batch'; the mesh has data, model",
     ),
     "an entry of in_shardings": (
-        lambda: kernel((None, None)).compile(mesh=MESH, in_shardings="data"),
+        lambda: kernel((None, None)).compile(mesh=grid(), in_shardings="data"),
         r"at in_shardings: found 'data', expected a PartitionSpec, a Sharding or None",
     ),
 }
@@ -352,14 +354,14 @@ def test_what_does_not_fit(name: str) -> None:
 
 
 def test_arguments_that_do_not_fit_their_shardings(net: linsey.Program) -> None:
-    exe = net.compile(mesh=MESH, in_shardings=P("data"))
+    exe = net.compile(mesh=grid(), in_shardings=P("data"))
     values = exe.init(0)
     with pytest.raises(PartitionError, match=r"an array of shape \(7, 16\) cannot be split"):
         exe(values, X[:7])
     exe(values, X)
     with pytest.raises(PartitionError, match=r"an array of shape \(7, 16\) cannot be split"):
         exe(values, X[:7])
-    more = net.compile(mesh=MESH, in_shardings=(P("data"), P()))
+    more = net.compile(mesh=grid(), in_shardings=(P("data"), P()))
     with pytest.raises(PartitionError, match=r"an entry for 1; the call has 1 positional"):
         more(values, X)
 
@@ -373,9 +375,9 @@ class Masked(nn.Module):
 @pytest.mark.parametrize(
     "in_shardings",
     [
-        P("data"),
-        {0: {"x": P("data"), "by": None}, "mask": P("data")},
-        {0: P("data"), "mask": NamedSharding(MESH, P("data", None))},
+        lambda: P("data"),
+        lambda: {0: {"x": P("data"), "by": None}, "mask": P("data")},
+        lambda: {0: P("data"), "mask": NamedSharding(grid(), P("data", None))},
     ],
     ids=["one for all", "by argument", "prefix"],
 )
@@ -383,6 +385,6 @@ def test_arguments_of_any_form_have_shardings(in_shardings: Any) -> None:
     inputs = {"x": X, "by": np.ones((8, 1), np.float32)}
     mask = np.ones((8, 4), np.float32)
     program = linsey.lower(Masked(), inputs, mask=mask, scale=2.0)
-    exe = program.compile(mesh=MESH, in_shardings=in_shardings)
+    exe = program.compile(mesh=grid(), in_shardings=in_shardings())
     y, _ = exe(exe.init(0), inputs, mask=mask, scale=2.0)
-    assert y.sharding.is_equivalent_to(NamedSharding(MESH, P("data")), 2)
+    assert y.sharding.is_equivalent_to(NamedSharding(grid(), P("data")), 2)
