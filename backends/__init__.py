@@ -1,8 +1,8 @@
 """Backends: graph and values -> target module and state."""
 
-from linsey.backends._decode import decode_linen
+from linsey.backends._decode import abstract_value, decode_linen
 from linsey.backends._private import no_parent
 from linsey.backends._record import Backend, Called, Runner
 from linsey.backends._spec import HostSpec
 
-__all__ = ["Backend", "Called", "HostSpec", "Runner", "decode_linen", "no_parent"]
+__all__ = ["Backend", "Called", "HostSpec", "Runner", "abstract_value", "decode_linen", "no_parent"]

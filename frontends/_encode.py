@@ -1,4 +1,4 @@
-"""How objects of jax and flax become data: attributes, variable classes, metadata, partitions."""
+"""How objects of jax and flax become data: attributes, variable classes, metadata."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from linsey import _trees
-from linsey._boxes import LINEN_BOX
 from linsey._collections import EPHEMERAL, collection_of, unboxed
 from linsey.frontends import _private
+from linsey.frontends._annotations import box_partition, variable_partition
 from linsey.ir import (
-    UNCONSTRAINED,
     AttrValue,
-    Axis,
     Call,
     Const,
     Encoder,
@@ -28,8 +26,10 @@ from linsey.ir import (
     Partition,
     Ref,
     Slot,
+    StackAxis,
     Template,
     ValueType,
+    format_path,
     reference,
 )
 
@@ -81,25 +81,6 @@ class FlaxEncoder(Encoder):
         )
 
 
-def partition(
-    names: Any, rules: AttrValue, mesh: AttrValue, encode: Encoder, *, logical: bool = False
-) -> Partition | None:
-    """A partition annotation, or None when `names` is not one entry per axis."""
-    if not isinstance(names, tuple | list | PartitionSpec):
-        return None
-    axes: list[Axis] = []
-    for entry in names:
-        if entry is None or isinstance(entry, str):
-            axes.append(entry)
-        elif isinstance(entry, tuple | list) and all(isinstance(name, str) for name in entry):
-            axes.append(tuple(entry))
-        elif entry is PartitionSpec.UNCONSTRAINED:
-            axes.append(UNCONSTRAINED)
-        else:
-            axes.append(str(entry))
-    return Partition(axes=tuple(axes), logical=logical, spec=encode(names), rules=rules, mesh=mesh)
-
-
 @dataclasses.dataclass(frozen=True)
 class Variable:
     """One Linen variable as data."""
@@ -109,25 +90,25 @@ class Variable:
     partition: Partition | None
 
 
-def linen_variable(value: Any, encode: Encoder) -> Variable:
+def linen_variable(
+    value: Any, encode: Encoder, where: str, stack: tuple[StackAxis, ...] = ()
+) -> Variable:
     """A Linen variable, boxed or not, as data.
+
+    Args:
+        value: the variable.
+        encode: encodes its annotation.
+        where: its slot, for the error.
+        stack: the axes that lifted transforms added to it, outermost first.
 
     Raises:
         TypeError: a leaf is neither an array nor a number.
+        LoweringError: its partition annotation cannot be read.
     """
     kind = _trees.value_type(unboxed(value))
     if not isinstance(value, meta.AxisMetadata):
         return Variable(kind, None, None)
-    names = getattr(value, "names", None)
-    if names is None and isinstance(value, nnx.bridge.NNXMeta):
-        names = value.metadata.get("out_sharding")
-    note = partition(
-        names,
-        encode(getattr(value, "rules", None)),
-        encode(getattr(value, "mesh", None)),
-        encode,
-        logical=isinstance(value, linen.LogicallyPartitioned),
-    )
+    note = box_partition(value, encode, where, stack)
     return Variable(kind, _trees.template(jax.tree.structure(value)), note)
 
 
@@ -138,16 +119,11 @@ def nnx_variable(
 
     Raises:
         TypeError: a leaf of its value is neither an array nor a number.
+        LoweringError: its partition annotation cannot be read.
     """
     metadata: Mapping[str, Any] = variable.get_metadata()
-    note = partition(
-        metadata.get("out_sharding"),
-        encode(metadata.get("sharding_rules")),
-        encode(metadata.get("mesh")),
-        encode,
-        logical=metadata.get(LINEN_BOX) is linen.LogicallyPartitioned,
-    )
     collection = collection_of(type(variable))
+    note = variable_partition(metadata, encode, format_path((collection, *paths[0])))
     kept = ((k, v) for k, v in metadata.items() if note is None or k != "out_sharding")
     return Slot(
         collection=collection,

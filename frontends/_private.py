@@ -9,11 +9,12 @@ import contextlib
 import functools
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
-from flax.core import lift, meta, scope
+from flax.core import lift, meta, scope, spmd
 from flax.linen import module as linen_module
+from flax.linen import spmd as linen_spmd
 from flax.linen import transforms
 from flax.nnx import graphlib
 from flax.nnx.bridge import wrappers
@@ -59,6 +60,7 @@ class Watcher:
 class _Active(threading.local):
     watcher: Watcher | None = None
     in_param: int = 0
+    annotating: Literal["always", "if needed"] | None = None
 
 
 _active = _Active()
@@ -85,6 +87,13 @@ _originals: dict[tuple[Any, str], Any] = {
     (scope.Scope, "invalidate"): scope.Scope.invalidate,
     # The moment at which NNX code enters Linen code; NNX calls cannot be intercepted.
     (wrappers.ToNNX, "__call__"): wrappers.ToNNX.__call__,
+    # A Variable with an annotation shards its value when it is made, and raises where there is no
+    # mesh. ``nnx.use_eager_sharding(False)`` would stop it, and be kept in the metadata.
+    (spmd, "shard_value"): spmd.shard_value,
+    # Reading a boxed variable constrains its value to the mesh in force. On a mesh with Explicit
+    # axes that is an assertion, which no value that an initialiser just made can pass.
+    (meta.Partitioned, "unbox"): meta.Partitioned.unbox,
+    (linen_spmd.LogicallyPartitioned, "unbox"): linen_spmd.LogicallyPartitioned.unbox,
 }
 
 
@@ -179,6 +188,34 @@ def watched_call(run: functools.partial[Any]) -> Any:
     return run() if _active.watcher is None else _active.watcher.call_to_nnx(run.args[0], run)
 
 
+def _shard_value(value: Any, out_sharding: Any, sharding_rules: Any, mesh: Any) -> Any:
+    meshes = (mesh, meta.get_global_mesh(), _mesh_of(out_sharding))
+    has_mesh = any(each is not None for each in meshes)
+    if _active.annotating == "always" or (_active.annotating and not has_mesh):
+        return value
+    original = _originals[spmd, "shard_value"]
+    return original(value, out_sharding, sharding_rules, mesh)
+
+
+def _mesh_of(annotation: Any) -> Any:
+    """The mesh of a sharding, or of the sharding in a format."""
+    return getattr(getattr(annotation, "sharding", annotation), "mesh", None)
+
+
+def _unbox(owner: Any) -> Any:
+    def unbox(self: Any, apply_constraint: bool = True) -> Any:
+        if _active.annotating == "always" or (_active.annotating and _is_explicit(self.mesh)):
+            apply_constraint = False
+        return _originals[owner, "unbox"](self, apply_constraint=apply_constraint)
+
+    return unbox
+
+
+def _is_explicit(mesh: Any) -> bool:
+    mesh = meta.get_global_mesh() if mesh is None else mesh
+    return mesh is not None and bool(mesh.are_all_axes_explicit)
+
+
 _replacements = {
     (scope.Scope, "put_variable"): _put_variable,
     (scope.Scope, "make_rng"): _make_rng,
@@ -189,27 +226,57 @@ _replacements = {
     (transforms, "fork_rngs"): _fork_rngs,
     (scope.Scope, "invalidate"): _invalidate,
     (wrappers.ToNNX, "__call__"): _call_to_nnx,
+    (spmd, "shard_value"): _shard_value,
+    (meta.Partitioned, "unbox"): _unbox(meta.Partitioned),
+    (linen_spmd.LogicallyPartitioned, "unbox"): _unbox(linen_spmd.LogicallyPartitioned),
 }
 
 
 @contextlib.contextmanager
-def watching(watcher: Watcher) -> Iterator[None]:
-    """Tells `watcher` what flax does in this thread; other threads are not disturbed."""
+def _replaced() -> Iterator[None]:
+    """Puts the replacements in their places; each asks what this thread wants."""
     global _uses
     with _lock:
         _uses += 1
         for (owner, name), replacement in _replacements.items():
             setattr(owner, name, replacement)
-    previous, _active.watcher = _active.watcher, watcher
     try:
         yield
     finally:
-        _active.watcher = previous
         with _lock:
             _uses -= 1
             if not _uses:
                 for (owner, name), original in _originals.items():
                     setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Tells `watcher` what flax does in this thread; other threads are not disturbed."""
+    previous = _active.watcher
+    with _replaced():
+        _active.watcher = watcher
+        try:
+            yield
+        finally:
+            _active.watcher = previous
+
+
+@contextlib.contextmanager
+def annotating(when: Literal["always", "if needed"]) -> Iterator[None]:
+    """Inside the block, annotations are kept, and values are not sharded by them.
+
+    Args:
+        when: ``always`` for abstract values; ``if needed`` for concrete ones: only where flax would
+            raise, since there is no mesh, or one with Explicit axes.
+    """
+    previous = _active.annotating
+    with _replaced():
+        _active.annotating = when
+        try:
+            yield
+        finally:
+            _active.annotating = previous
 
 
 def _closure(function: Any) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Partition:
     (``nn.with_logical_partitioning``, ``param_with_axes``). Otherwise a name that no rule maps is
     an axis of the mesh itself (``nn.with_partitioning``, NNX's ``out_sharding``)."""
     spec: AttrValue
-    """The annotation as the source wrote it."""
+    """The annotation as the source wrote it; None where it follows from something else."""
     rules: AttrValue = NONE
     """The logical-to-mesh rules that came with it, or None."""
     mesh: AttrValue = NONE

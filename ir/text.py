@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from linsey.ir.attributes import AttrValue, Call, Ref, describe
-from linsey.ir.graph import Graph, Node, Signature, Slot, TensorType, TreeType
+from linsey.ir.graph import Graph, Node, Signature, TensorType, TreeType
 from linsey.ir.paths import Key, Path, format_path
 
 _INDENT = "  "
@@ -48,7 +48,7 @@ def _node_lines(graph: Graph) -> Iterator[str]:
             is_alias = index in seen_slots or (
                 len(slot.paths) > 1 and slot.path != (*path, slot_name)
             )
-            yield f"{pad}{_INDENT}{_slot(slot, slot_name, is_alias=is_alias)}"
+            yield f"{pad}{_INDENT}{_slot(graph, index, slot_name, is_alias=is_alias)}"
             if not is_alias:
                 seen_slots.add(index)
         children = [*node.children, *(node.wrapper.children if node.wrapper else ())]
@@ -90,7 +90,8 @@ def describe_class(cls: AttrValue) -> str:
     return describe(cls)
 
 
-def _slot(slot: Slot, name: Key, *, is_alias: bool) -> str:
+def _slot(graph: Graph, number: int, name: Key, *, is_alias: bool) -> str:
+    slot = graph.slots[number]
     place = format_path((slot.collection, name))
     if is_alias:
         return f"{place} = {slot.key}"
@@ -103,6 +104,8 @@ def _slot(slot: Slot, name: Key, *, is_alias: bool) -> str:
         parts.append(str(slot.partition))
     if slot.stack:
         parts.append(f"stack[{', '.join(map(str, slot.stack))}]")
+    if slot.mirrors is not None:
+        parts.append(f"follows {graph.slots[slot.mirrors].key}")
     if slot.lifetime != "persistent":
         parts.append(slot.lifetime)
     if len(slot.paths) > 1:

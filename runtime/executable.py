@@ -167,8 +167,8 @@ class Executable:
         """What the model's code finds around it when it is traced."""
         if self.mesh is None:
             return nullcontext()
-        # On explicit axes Linen's boxes assert that a value lies as they say, and one that an
-        # initialiser just made does not yet.
+        # Linen's boxes cannot be initialised with explicit axes around: by hand one leaves them
+        # out, and gets the bits of a computation that XLA splits as it likes.
         hides = is_init and sharding.is_explicit(self.mesh)
         return sharding.tracing_on(None if hides else self.mesh, self._rules)
 

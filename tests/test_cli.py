@@ -1,6 +1,8 @@
 """The command line prints what lowering gives, and says what is wrong in one message."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from linsey.ir.summary import nbytes, parse_type
 MODELS = """
 import flax.linen as nn
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 
@@ -76,8 +79,24 @@ class Needy(nn.Module):
         return x
 
 
+class Split(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed", "mlp"))
+        x = nn.Dropout(0.5, deterministic=not train)(nn.Dense(32, kernel_init=init)(x))
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("mlp", "embed"))
+        return nn.Dense(16, kernel_init=init)(x)
+
+
 instance = Encoder(width=3)
 number = 7
+rules = (("mlp", "tensor"), ("embed", "pipe"))
+bad_rules = ("mlp",)
+adam = optax.adam(1e-3)
+
+
+def make_adam():
+    return optax.adam(1e-3)
 
 
 def encoder():
@@ -340,6 +359,162 @@ def test_an_error_of_the_users_code_names_its_line():
     assert f"cli_models.py, line {line})" in result.output
 
 
+def planned(*args: str) -> Any:
+    result = run("plan", *args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+SPLIT = ("cli_models:Split", "--input", "f32[8,16]")
+
+
+def test_a_plan():
+    result = run("plan", *SPLIT, "--mesh", "data=4,tensor=2", "--rules", "mlp=tensor")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    assert "Plan for 8 devices: data=4, tensor=2" in result.output
+    assert ["params", "4", "4.19", "KiB", "2.19", "KiB", "17.50", "KiB"] in lines
+    assert (
+        "name without a rule       embed  2 slots, such as params/Dense_0/kernel" in result.output
+    )
+
+
+def test_a_plan_as_json():
+    data = planned(*SPLIT, "--mesh", "data=4", "--mesh", "tensor=2", "--rules", "mlp=tensor")
+    assert (data["version"], data["target"], data["compiled"]) == (1, "cli_models:Split", None)
+    assert data["mesh"] == {"data": 4, "tensor": 2}
+    assert data["rules"] == [["mlp", "tensor"]]
+    whole, split = 4 * (2 * 16 * 32 + 32 + 16), 4 * (16 * 32 + 32 + 16)
+    assert data["bytes"] == {"whole": whole, "per_device": split, "all_devices": 8 * split}
+    assert data["unused_axes"] == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rules"),
+    [
+        (["mlp=tensor,embed=none"], [["mlp", "tensor"], ["embed", None]]),
+        (["mlp=tensor", "embed=None"], [["mlp", "tensor"], ["embed", None]]),
+        ([" mlp = data+tensor "], [["mlp", ["data", "tensor"]]]),
+        (["mlp=unconstrained"], [["mlp", "UNCONSTRAINED"]]),
+    ],
+)
+def test_rules_on_the_command_line(text, rules):
+    given = [part for entry in text for part in ("--rules", entry)]
+    assert planned(*SPLIT, "--mesh", "data=4,tensor=2", *given)["rules"] == rules
+
+
+def test_rules_from_a_module_come_after_those_given():
+    made = planned(
+        *SPLIT, "--mesh=tensor=2,pipe=4", "--rules", "mlp=pipe", "--rules-from", "cli_models:rules"
+    )
+    assert made["rules"] == [["mlp", "pipe"], ["mlp", "tensor"], ["embed", "pipe"]]
+
+
+def test_a_rule_of_a_module_for_another_mesh_is_a_problem_in_the_plan():
+    made = planned(*SPLIT, "--mesh=tensor=2", "--rules-from", "cli_models:rules")
+    messages = [problem["message"] for problem in made["problems"]]
+    assert any("lies on 'pipe', by the rule ('embed', 'pipe')" in text for text in messages)
+
+
+@pytest.mark.parametrize("name", ["adam", "make_adam"])
+def test_the_state_of_an_optimizer_is_counted(name):
+    made = planned(*SPLIT, "--mesh=x=2", "--rules", "mlp=x", "--optimizer", f"cli_models:{name}")
+    (params,) = made["collections"]
+    assert made["optimizer"]["whole"] == 2 * params["whole"] + 4
+    assert made["optimizer"]["per_device"] == 2 * params["per_device"] + 4
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Missing option '--mesh'"),
+        (["--mesh", "data"], "'data' is not of the form axis=size"),
+        (["--mesh", "data=0"], "data=0: the size of an axis is a number from 1 on"),
+        (["--mesh", "data=x"], "data=x: the size of an axis is a number from 1 on"),
+        (["--mesh", "data=2,"], "'data=2,' is not of the form axis=size"),
+        (["--mesh", "data=2,data=4"], "the axis 'data' is given twice"),
+        (["--mesh", "x=2", "--rules", "mlp"], "'mlp' is not of the form name=axis"),
+        (["--mesh", "x=2", "--rules", "mlp=x+"], "'x+' is not of the form axis or axis+axis"),
+        (["--mesh", "x=2", "--rules", "mlp=y"], "the rule for 'mlp' names the axis 'y'; the mesh"),
+        (["--mesh", "x=2", "--rules-from", "rules"], "'rules' is not of the form package.module"),
+        (["--mesh", "x=2", "--batch", "x"], "--batch is of use with --compile only"),
+        (["--mesh", "x=2", "--compile", "--batch", "y"], "--batch names the axis 'y'; the mesh"),
+    ],
+)
+def test_a_bad_option_of_plan_is_a_usage_error(args, message):
+    result = run("plan", *SPLIT, *args)
+    assert result.exit_code == 2
+    words = " ".join(result.output.replace("│", " ").split())
+    assert " ".join(message.split()) in words
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["cli_models:Split"], "missing a required argument: 'x'"),
+        (["cli_models:nothing"], "module cli_models has no 'nothing'"),
+        ([*SPLIT, "--rules-from", "cli_models:none"], "module cli_models has no 'none'"),
+        ([*SPLIT, "--rules-from", "cli_models:number"], "at rules: found int, expected pairs"),
+        ([*SPLIT, "--rules-from", "cli_models:bad_rules"], "at rules: found 'mlp' among them"),
+        (
+            [*SPLIT, "--optimizer", "cli_models:number"],
+            "is a int, expected an optax transformation",
+        ),
+        ([*SPLIT, "--optimizer", "cli_models:fails"], "RuntimeError: the disk is on fire"),
+        (
+            [*SPLIT, "--mesh", "y=4096", "--compile"],
+            "--compile needs 8192 CPU devices, and jax has",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_one_message(args, message):
+    import jax
+
+    jax.devices()  # started, with too few devices for the last case
+    result = run("plan", "--mesh", "x=2", *args)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_compiling_for_faked_devices():
+    made = command(
+        *("plan", *SPLIT, "--set", "train=true", "--mesh=data=4,tensor=4", "--rules=mlp=tensor"),
+        *("--compile", "--batch=data", "--json"),
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.strip() == "Compiling the call for 16 faked CPU devices ..."
+    data = json.loads(made.stdout)
+    compiled = data["compiled"]
+    assert (compiled["platform"], compiled["devices"]) == ("cpu", 16)
+    # A quarter of the batch, the values, and the key of the dropout.
+    inputs = 8 * 16 * 4 // 4
+    assert 0 <= compiled["memory"]["arguments"] - data["bytes"]["per_device"] - inputs <= 16
+    (reduced,) = compiled["collectives"]
+    assert reduced == {"kind": "all-reduce", "instructions": 1, "executed": 1, "nbytes": 2 * 16 * 4}
+
+
+def test_a_plan_that_cannot_be_compiled_is_printed_all_the_same():
+    made = command("plan", *SPLIT, "--mesh=x=3", "--rules=mlp=x", "--compile")
+    assert made.returncode == 1
+    assert "axis 1 of size 32  3 parts of 'x'" in made.stdout
+    assert "Error: at params/Dense_0/kernel: axis 1 of float32[16,32] has size 32" in made.stderr
+
+
+def test_the_commands_of_the_page_on_plans(monkeypatch):
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "plan.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(root / "examples")
+    for line in block.splitlines():
+        program, *args = shlex.split(line)
+        made = command(*args)
+        assert (program, made.returncode) == ("linsey", 0), made.stderr
+        assert "tensor" in made.stdout or "--json" in args
+        assert ("collective" in made.stdout) == ("--compile" in args)
+
+
 def command(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "linsey.cli", *args],
@@ -367,4 +542,5 @@ def test_help_and_version():
     assert "lower" in run("--help").output
     output = run("lower", "--help").output
     assert "--json prints one object" in output
+    assert "bytes         whole (unsharded), per_device" in run("plan", "--help").output
     assert linsey.__version__ in run("--version").output

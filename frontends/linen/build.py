@@ -13,6 +13,7 @@ import linsey.frontends.nnx.build as nnx_build
 from linsey import _trees
 from linsey._collections import EPHEMERAL, collection_of, unboxed
 from linsey._places import stored_path
+from linsey.frontends import _private
 from linsey.frontends._builder import Builder
 from linsey.frontends._encode import (
     FlaxEncoder,
@@ -240,21 +241,24 @@ def _slot(collection: str, path: Path, value: Any, encode: Encoder) -> Slot:
         value,
         is_leaf=lambda leaf: isinstance(leaf, StackBox),
     )
+    stack: tuple[StackAxis, ...] = ()
     try:
-        found = linen_variable(plain, encode)
+        kind = _trees.value_type(unboxed(plain))
+        if boxes and isinstance(kind, TensorType):
+            stack = _stack(boxes[0].stack, kind.shape)
+        found = linen_variable(plain, encode, format_path((collection, *path)), stack)
     except TypeError as error:
         raise LoweringError(
             f"{error} in a variable",
             path=format_path((collection, *path)),
             fix="Keep in Linen variables only arrays, numbers and pytrees of them.",
         ) from error
-    stack = boxes[0].stack if boxes and isinstance(found.type, TensorType) else ()
     return Slot(
         collection=collection,
         paths=(path,),
         type=found.type,
         partition=found.partition,
-        stack=_stack(stack, found.type.shape) if isinstance(found.type, TensorType) else (),
+        stack=stack,
         lifetime="ephemeral" if collection in EPHEMERAL else "persistent",
         box=found.box,
     )
@@ -280,7 +284,7 @@ def observed_stacks(module: linen.Module, call: Call) -> dict[tuple[str, Path], 
         return ()
 
     try:
-        with observing(observer):
+        with observing(observer), _private.annotating("always"):
             jax.eval_shape(init, _trees.key_dict(0), _trees.abstract(arguments.dynamic))
     except Exception:  # it can only be called with variables at hand: nothing is known then
         return {}

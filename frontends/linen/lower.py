@@ -17,6 +17,7 @@ from linsey import _trees
 from linsey._collections import unboxed
 from linsey._places import variable_places
 from linsey.frontends import _private
+from linsey.frontends._annotations import take_sown_axes
 from linsey.frontends._builder import Builder, Draft
 from linsey.frontends._record import Lowered, Request
 from linsey.frontends.linen.build import Region, add_variables
@@ -27,6 +28,7 @@ from linsey.ir import (
     LoweringError,
     Path,
     Source,
+    TreeType,
     Values,
     ValuesError,
     Wrapper,
@@ -62,7 +64,7 @@ def lower(request: Request) -> Lowered:
         return ()
 
     try:
-        with observing(observer):
+        with observing(observer), _private.annotating("always"):
             jax.eval_shape(init, keys, arguments.dynamic)
     except Exception as error:
         raise _explained(error, module, observer, keys) from error
@@ -153,11 +155,12 @@ def _graph(module: linen.Module, observer: Observer, variables: Any, given: Any)
     if is_nnx:
         draft.wrapper = Wrapper(cls=whole.cls, attrs=region.wrapper_attributes((), whole.fields))
     if given is not None:
-        _take_boxes(builder, given, region.encode)
+        _take_boxes(builder, given)
+    take_sown_axes(builder, region.encode)
     return builder.finish()
 
 
-def _take_boxes(builder: Builder, given: Any, encode: Any) -> None:
+def _take_boxes(builder: Builder, given: Any) -> None:
     """Gives the slots the boxes of the variables that the user has: those may be unboxed."""
     for number, slot in enumerate(builder.slots):
         value = _get(given, (slot.collection, *slot.path))
@@ -202,6 +205,9 @@ def read(graph: Graph, variables: Any, places: Mapping[int, Path] = MappingProxy
         if value is _MISSING:
             if slot.is_derived:
                 arrays.append(_trees.placeholder(slot))
+            elif isinstance(slot.type, TreeType) and not slot.type.leaves:
+                # No array: axis names that were sown, which users leave out of what they store.
+                arrays.append(_trees.fill(slot.type.structure, []))
             else:
                 problems.append(f"{slot.key}: missing, expected {slot.type}")
             continue
@@ -269,7 +275,7 @@ def _initialiser(
         # Watched only where flax leaves something out: see `Observer`.
         watched = observing(observer) if is_mixed else contextlib.nullcontext()
         try:
-            with watched:
+            with watched, _private.annotating("if needed"):
                 variables = module.init(keys, *args, method=request.method, **kwargs)
         except errors.InvalidRngError as error:
             raise _explained(error, module, observer, keys) from error

@@ -63,8 +63,10 @@ class Walker:
         self._builder = builder
         self._slot_of = slot_of
         self._nested = nested or {}
-        self._nodes: dict[int, tuple[Any, int, Path]] = {}
-        self._slots: dict[int, tuple[Any, int]] = {}
+        self.objects: dict[int, tuple[Any, int, Path]] = {}
+        """Every object of NNX that was met, by its id: the object, its node and its path."""
+        self.slots: dict[int, tuple[Any, int]] = {}
+        """Every Variable that was met, by its id: the Variable and its slot."""
         self._start: Path = ()
         self.values: dict[int, Any] = {}
         """The value of each slot that was met."""
@@ -85,14 +87,14 @@ class Walker:
         return self._node(module, path, at)
 
     def _node(self, obj: Any, path: Path, at: int | None = None) -> int:
-        known = self._nodes.get(id(obj))
+        known = self.objects.get(id(obj))
         if known is not None:
             self._alias(known[1], known[2], path)
             return known[1]
         number = self._builder.add(Draft()) if at is None else at
         impl = _private.get_node_impl(obj)
         if isinstance(impl, _private.GraphNodeImpl):
-            self._nodes[id(obj)] = (obj, number, path)
+            self.objects[id(obj)] = (obj, number, path)
         if isinstance(obj, bridge.ToNNX):
             self._linen(obj, path, number)
         elif is_host(obj):
@@ -149,11 +151,11 @@ class Walker:
         if self._slot_of is None or isinstance(variable, nnx.RngState):
             return False
         below = path[len(self._start) :]
-        return id(variable) not in self._slots and self._slot_of(variable, below) is None
+        return id(variable) not in self.slots and self._slot_of(variable, below) is None
 
     def _variable(self, variable: nnx.Variable[Any], path: Path, place: Path | None = None) -> int:
         """The slot of a variable; `place`: its attribute path, where that is another."""
-        known = self._slots.get(id(variable))
+        known = self.slots.get(id(variable))
         if known is not None:
             self._add_path(known[1], path)
             return known[1]
@@ -183,7 +185,7 @@ class Walker:
             self._builder.slots[number] = dataclasses.replace(
                 stored, kind=slot.kind, metadata=slot.metadata
             )
-        self._slots[id(variable)] = (variable, number)
+        self.slots[id(variable)] = (variable, number)
         self.values[number] = value
         return number
 
@@ -315,6 +317,10 @@ class Walker:
     def _restore_below(self, number: int, graph: Graph, was: int) -> None:
         """The same for an NNX child, and all below it that is still there."""
         draft, node = self._builder.nodes[number], graph.nodes[was]
+        for name, index in node.streams:  # a ToLinen draws from Linen's streams
+            stream = graph.streams[index]
+            if stream.derivation == "path":
+                self._builder.path_stream(draft, name, at_call=stream.use == "call")
         own, wrapper = draft.wrapper, node.wrapper
         if own is None:  # that of a ToNNX is here again, that of a ToLinen is not
             draft.wrapper = wrapper

@@ -15,12 +15,15 @@ from flax.nnx import bridge
 
 from linsey import _trees
 from linsey._places import attribute_paths
+from linsey.frontends import _private
+from linsey.frontends._annotations import take_sown_axes
 from linsey.frontends._builder import Builder
 from linsey.frontends._record import Lowered, Request
 from linsey.frontends._session import initializing
 from linsey.frontends.linen.build import signature
 from linsey.frontends.linen.observe import Call, Observer, observing
 from linsey.frontends.nnx.build import Walker, wrapped_variables
+from linsey.frontends.nnx.optimizers import follow_parameters
 from linsey.ir import Graph, LoweringError, Values, as_key, slot_index
 
 _NO_VALUE = object()
@@ -131,7 +134,8 @@ def lower_factory(request: Request, other: Callable[[Any], Lowered]) -> Lowered:
                 fix="Call init() without them.",
             )
         chosen = request.rngs if rngs is None else rngs
-        ready = make(rngs=_rngs(chosen)) if takes_rngs else make()
+        with _private.annotating("if needed"):
+            ready = make(rngs=_rngs(chosen)) if takes_rngs else make()
         if _unready(ready) and (request.args or request.kwargs):
             _lazy_init(ready, request)
         return _same(lowered.graph, ready)
@@ -157,7 +161,8 @@ def made_abstractly(make: Callable[[], Any]) -> Any:
         kept.append(graphdef)
         return state
 
-    state = jax.eval_shape(run)
+    with _private.annotating("always"):
+        state = jax.eval_shape(run)
     return nnx.merge(kept[0], state) if isinstance(kept[0], nnx.GraphDef) else kept[0]
 
 
@@ -256,7 +261,7 @@ def _lazy_init(model: Any, request: Request) -> None:
         return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
 
     args, kwargs = jax.tree.map(concrete, (request.args, request.kwargs))
-    with observing(Observer()), initializing(model):
+    with observing(Observer()), initializing(model), _private.annotating("if needed"):
         _method(model, request.method)(*args, **kwargs)
 
 
@@ -294,7 +299,7 @@ def _trace(
         return ()
 
     try:
-        with observing(observer):
+        with observing(observer), _private.annotating("always"):
             jax.eval_shape(run, state, arguments.dynamic)
     except LoweringError:
         raise
@@ -331,6 +336,8 @@ def _walk(
     root = walker.add(model, ())
     builder.nodes[root].signatures.extend(signature(call, walker.encode) for call in calls.values())
     values = {builder.slots[number].key: value for number, value in walker.values.items()}
+    take_sown_axes(builder, walker.encode)
+    follow_parameters(builder, walker.objects, walker.slots)
     graph = builder.finish()
     return graph, [values.get(slot.key, _NO_VALUE) for slot in graph.slots]
 

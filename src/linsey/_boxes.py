@@ -50,7 +50,7 @@ class NNXMeta(bridge.NNXMeta[Any]):
             flax.errors.PartitioningUnspecifiedError: there is a partition, and the axis has no
                 name; ``nn.Partitioned`` raises the same.
         """
-        return self._moved(index, params, _inserted, "add_axis")
+        return self._moved(index, params, inserted, "add_axis")
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> NNXMeta:
         """Undoes `add_axis`.
@@ -92,7 +92,8 @@ class NNXMeta(bridge.NNXMeta[Any]):
         return kind.from_metadata(self.value, {**plain_metadata(), **self.metadata})  # type: ignore[no-any-return]
 
 
-def _inserted(names: Any, index: int, name: Any) -> Any:
+def inserted(names: Any, index: int, name: Any) -> Any:
+    """Axis names with one more at a position; what is missing before it is filled with None."""
     entries = [*names, *[None] * (index - len(names))]
     return _like(names, (*entries[:index], name, *entries[index:]))
 
@@ -179,16 +180,27 @@ def boxed(variable: nnx.Variable[Any]) -> Any:
     in an `NNXMeta` otherwise.
     """
     metadata = own_metadata(variable)
-    box: Any = metadata.pop(LINEN_BOX, None)
+    box: Any = metadata.get(LINEN_BOX)
     if box is not None:
-        fields = {"value": variable.get_raw_value(), **metadata}
-        if hasattr(box, "from_nnx_metadata"):
-            return box.from_nnx_metadata(fields)
-        known = {item.name for item in dataclasses.fields(box)} if _has_fields(box) else fields
-        return box(**{key: v for key, v in fields.items() if key in known})
+        return box_of(box, {"value": variable.get_raw_value(), **metadata})
     if all(key.endswith("_hooks") and v == () for key, v in metadata.items()):
         return variable.get_raw_value()
     return boxed_meta(variable)
+
+
+def box_of(box: Any, metadata: Mapping[str, Any]) -> Any:
+    """A Linen box from the metadata by which a Variable remembers it.
+
+    Args:
+        box: the class.
+        metadata: the metadata, and the value as ``value``; what the class has no field for is left
+            out.
+    """
+    fields = {key: v for key, v in metadata.items() if key != LINEN_BOX}
+    if hasattr(box, "from_nnx_metadata"):
+        return box.from_nnx_metadata(fields)
+    known = {item.name for item in dataclasses.fields(box)} if _has_fields(box) else fields
+    return box(**{key: v for key, v in fields.items() if key in known})
 
 
 def _has_fields(box: Any) -> bool:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
-import importlib
+import contextlib
+import inspect
 import json
-import operator
-import os
-import re
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+import math
 from typing import Any
 
 import click
 
 import linsey
-from linsey.ir import LinseyError, TensorType, format_path
+from linsey import _options
+from linsey._tables import print_summary
+from linsey.ir import Axis, Rules, TensorType
 from linsey.ir import summary as _summary
+from linsey.runtime._shards import axis_names
+from linsey.runtime.analyse import Analysis, analyse
+from linsey.runtime.plan import abstract_values
+from linsey.runtime.plan import plan as plan_graph
+from linsey.runtime.sharding import rules_in_force
 
 JSON_VERSION = 1
 """Version of what ``--json`` prints. Entries may be added within a version; one that goes, or that
 changes its meaning, makes a new version."""
-
-_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-_NAMED = re.compile(r"(?:([^\W\d]\w*)=)?(.*)", re.DOTALL)
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 _JSON_HELP = """\b
 --json prints one object:
@@ -45,46 +42,27 @@ _JSON_HELP = """\b
               (slots and bytes by name), streams, shared, tied, stacked
 """
 
-
-def _target(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Checks ``package.module:name``."""
-    if not _TARGET.fullmatch(value):
-        raise click.BadParameter(f"{value!r} is not of the form package.module:name")
-    return value
-
-
-def _inputs(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> list[tuple[str | None, TensorType]]:
-    """Reads each ``[name=]dtype[shape]``."""
-    read = []
-    for value in values:
-        match = _NAMED.fullmatch(value)
-        assert match is not None
-        try:
-            read.append((match[1], _summary.parse_type(match[2])))
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from error
-    return read
-
-
-def _settings(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> list[tuple[str, Any]]:
-    """Reads each ``name=value``; the value is a Python literal, or else a string."""
-    read: list[tuple[str, Any]] = []
-    for value in values:
-        name, equals, text = value.partition("=")
-        if not equals or not name.isidentifier():
-            raise click.BadParameter(f"{value!r} is not of the form name=value")
-        if text.lower() in _WORDS:
-            read.append((name, _WORDS[text.lower()]))
-            continue
-        try:
-            read.append((name, ast.literal_eval(text)))
-        except (SyntaxError, ValueError):
-            read.append((name, text))
-    return read
+_PLAN_JSON_HELP = """\b
+--json prints one object:
+  version       1; entries may be added, none goes or changes its meaning
+  target        TARGET
+  mesh          size by axis
+  devices       their number
+  rules         pairs of a name and axes, or null
+  bytes         whole (unsharded), per_device, all_devices
+  collections   name, slots, whole, per_device
+  optimizer     the same, or null
+  replicated    group (name, example, slots), type, axes, over, copies,
+                per_device, least, factor, saved
+  uneven        group, axis, size, parts, on, reason
+  unmapped      name, slots, example
+  unused_rules  rule, reason
+  unused_axes   axes of the mesh
+  problems      group, message
+  compiled      null, or: platform, devices, memory (arguments, outputs,
+                temporaries, aliased, code: bytes per device), collectives
+                (kind, instructions, executed, nbytes)
+"""
 
 
 @click.group()
@@ -94,30 +72,11 @@ def main() -> None:
 
 
 @main.command(epilog=_JSON_HELP)
-@click.argument("target", callback=_target)
-@click.option(
-    "inputs",
-    "--input",
-    callback=_inputs,
-    multiple=True,
-    metavar="[NAME=]DTYPE[SHAPE]",
-    help="A sample input, such as 'f32[8,28,28,1]', or 'mask=bool[8,28]' for a keyword one."
-    " Dtypes as jax prints them (f32, bf16, i32, u8, bool, c64 ...) or by full name."
-    " Repeat it for more.",
-)
-@click.option(
-    "settings",
-    "--set",
-    callback=_settings,
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="A keyword argument of the call that is no array, such as train=true. Repeat it for more.",
-)
-@click.option("--method", help="The method to lower by, where it is not the call.")
+@_options.call_options
 @click.option("as_json", "--json", is_flag=True, help="Print JSON, for programs.")
 def lower(
     target: str,
-    inputs: list[tuple[str | None, TensorType]],
+    inputs: list[_options.Input],
     settings: list[tuple[str, Any]],
     method: str | None,
     as_json: bool,
@@ -128,77 +87,179 @@ def lower(
     class that needs nothing. The current directory can be imported from. Nothing is allocated: a
     model of any size can be lowered.
     """
-    args = [kind for name, kind in inputs if name is None]
-    named = [(name, kind) for name, kind in inputs if name is not None]
-    keywords: dict[str, Any] = {}
-    for name, value in (*named, *settings):
-        if name in keywords:
-            raise click.UsageError(f"{name!r} is given twice")
-        keywords[name] = value
-    source = _load(target)
-    graph = _guarded(lambda: _lowered(source, args, keywords, method), f"lowering {target}")
+    args, keywords = _options.call_of(inputs, settings)
+    graph = _lowered(target, args, keywords, method)[0].graph
     if as_json:
         data = {"version": JSON_VERSION, "target": target, **_summary.to_json(graph)}
         click.echo(json.dumps(data, indent=2))
         return
     click.echo(str(graph))
     click.echo()
-    _print_summary(_summary.summarize(graph), graph)
+    print_summary(_summary.summarize(graph), graph)
 
 
-def _load(target: str) -> Any:
-    """What a target names; the current directory is importable, as with ``python -m``."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    module_name, _, name = target.partition(":")
-    module = _guarded(lambda: _imported(module_name), f"importing {module_name}")
-    try:
-        return operator.attrgetter(name)(module)
-    except AttributeError as error:
-        near = difflib.get_close_matches(name, dir(module), n=3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise click.ClickException(f"module {module_name} has no {name!r}{hint}") from error
+@main.command(epilog=_PLAN_JSON_HELP)
+@_options.call_options
+@click.option(
+    "--mesh",
+    callback=_options.mesh,
+    multiple=True,
+    required=True,
+    metavar="AXIS=SIZE,...",
+    help="The mesh, such as data=16,fsdp=16,tensor=2. No such devices are needed.",
+)
+@click.option(
+    "--rules",
+    callback=_options.rules,
+    multiple=True,
+    metavar="NAME=AXIS,...",
+    help="Rules from logical names to axes of the mesh, the first that fits decides:"
+    " embed=fsdp,batch=data+fsdp,heads=none. Repeat it for more.",
+)
+@click.option(
+    "--rules-from",
+    callback=_options.target,
+    metavar="MODULE:NAME",
+    help="Rules as a list of pairs in a module; those of --rules come before them.",
+)
+@click.option(
+    "optimizer_from",
+    "--optimizer",
+    callback=_options.target,
+    metavar="MODULE:NAME",
+    help="An optax transformation, or a function that makes one: its state is counted too.",
+)
+@click.option("compiling", "--compile", is_flag=True, help="Compile the call too; see above.")
+@click.option(
+    "--batch",
+    callback=_options.axis_list,
+    metavar="AXIS+...",
+    help="With --compile: the axes of the mesh that split the first axis of each input.",
+)
+@click.option("as_json", "--json", is_flag=True, help="Print JSON, for programs.")
+def plan(
+    target: str,
+    inputs: list[_options.Input],
+    settings: list[tuple[str, Any]],
+    method: str | None,
+    mesh: dict[str, int],
+    rules: list[tuple[str, Axis]],
+    rules_from: str | None,
+    optimizer_from: str | None,
+    compiling: bool,
+    batch: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Counts what each device of a mesh would hold, and tells what is not split.
+
+    TARGET and the options that call it are those of `linsey lower`; nothing is allocated, and the
+    devices need not be there.
+
+    With --compile, the call is compiled for that many faked CPU devices, which can take minutes for
+    a large model. Then XLA's own memory analysis is printed, and the collectives that XLA inserted.
+    """
+    _check_axes(mesh, rules, batch)
+    if batch and not compiling:
+        raise click.UsageError("--batch is of use with --compile only")
+    args, keywords = _options.call_of(inputs, settings)
+    if compiling:
+        _fake_devices(math.prod(mesh.values()))
+    given = [*rules, *(_rules_of(rules_from) if rules_from else ())] or None
+    optimizer = _made(optimizer_from) if optimizer_from else None
+    program, call = _lowered(target, args, keywords, method)
+    made = _options.guarded(
+        lambda: plan_graph(program.graph, mesh, given, optimizer=optimizer), "planning"
+    )
+    if not as_json:
+        click.echo(str(made))
+    analysis = None
+    if compiling:
+        click.echo(f"\nCompiling the call for {made.devices} faked CPU devices ...", err=True)
+        analysis = _options.guarded(
+            lambda: _compiled(program, call, method, mesh, given, batch), "compiling"
+        )
+    if as_json:
+        data = {**made.to_json(), "target": target}
+        data["compiled"] = None if analysis is None else analysis.to_json()
+        click.echo(json.dumps(data, indent=2))
+    elif analysis is not None:
+        click.echo(f"\n{analysis}")
 
 
-def _imported(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # something that the module itself imports
+def _check_axes(
+    mesh: dict[str, int], rules: list[tuple[str, Axis]], batch: tuple[str, ...]
+) -> None:
+    """Refuses an axis that the mesh does not have, where the user has just written both."""
+    named = [(f"the rule for {name!r}", axis) for name, on in rules for axis in axis_names(on)]
+    for where, axis in (*named, *(("--batch", axis) for axis in batch)):
+        if axis not in mesh:
+            raise click.UsageError(
+                f"{where} names the axis {axis!r}; the mesh has {', '.join(mesh)}"
+            )
+
+
+def _rules_of(target: str) -> Rules:
+    """The rules that a target names."""
+    named = _options.load(target)
+    return _options.guarded(lambda: rules_in_force(named), f"reading {target}") or ()
+
+
+def _fake_devices(count: int) -> None:
+    """Has jax fake that many CPU devices; it must not have started."""
+    import jax
+
+    config: Any = jax.config  # its methods are not annotated
+    with contextlib.suppress(RuntimeError):  # it has started: perhaps with enough of them
+        config.update("jax_num_cpu_devices", count)
+        config.update("jax_platforms", "cpu")
+    if len(jax.devices("cpu")) < count:
         raise click.ClickException(
-            f"there is no module {error.name!r} in {os.getcwd()} or among the installed ones"
-        ) from error
+            f"--compile needs {count} CPU devices, and jax has started with"
+            f" {len(jax.devices('cpu'))}\nSet XLA_FLAGS=--xla_force_host_platform_device_count="
+            f"{count} in the environment."
+        )
 
 
-def _guarded(run: Callable[[], Any], doing: str) -> Any:
-    """Runs code of the user; what it raises becomes a message."""
-    try:
-        return run()
-    except click.ClickException:
-        raise
-    except LinseyError as error:
-        notes = getattr(error, "__notes__", [])
-        where = "" if error.__cause__ is None else _where(error.__cause__)
-        raise click.ClickException("\n".join([str(error) + where, *notes])) from error
-    except Exception as error:
-        message = f"{doing} raised {type(error).__name__}: {error}"
-        raise click.ClickException(message + _where(error)) from error
+def _made(target: str) -> Any:
+    """What a target names, called where it is a function."""
+    named = _options.load(target)
+    made = _options.guarded(named, f"calling {target}") if inspect.isfunction(named) else named
+    if not hasattr(made, "init"):
+        raise click.ClickException(
+            f"{target} is a {type(made).__name__}, expected an optax transformation"
+        )
+    return made
 
 
-def _where(error: BaseException) -> str:
-    """The last line of the user's own code that an error passed through."""
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename.startswith(os.getcwd()) and "site-packages" not in frame.filename
-    ]
-    return f"\n({own[-1].filename}, line {own[-1].lineno})" if own else ""
+def _compiled(
+    program: linsey.Program,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    method: str | None,
+    sizes: dict[str, int],
+    rules: Any,
+    batch: tuple[str, ...],
+) -> Analysis:
+    import jax
+    import numpy as np
+
+    count = math.prod(sizes.values())
+    devices = np.array(jax.devices("cpu")[:count]).reshape(tuple(sizes.values()))
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    mesh = jax.sharding.Mesh(devices, tuple(sizes), axis_types=auto)
+    spec: Any = jax.sharding.PartitionSpec  # its constructor is not annotated
+    split = spec(batch) if batch else None
+    exe = program.compile(method, mesh=mesh, rules=rules, in_shardings=split)
+    drawn = [each for each in program.graph.streams if each.derivation == "path"]
+    keys = {each.name: jax.random.key(0) for each in drawn if each.use == "call"}
+    args, kwargs = call
+    values = abstract_values(program.graph)
+    return analyse(exe.lower(values, *args, rngs=keys or None, **kwargs).compile())
 
 
 def _lowered(
-    source: Any, args: list[TensorType], keywords: dict[str, Any], method: str | None
-) -> Any:
+    target: str, args: list[TensorType], keywords: dict[str, Any], method: str | None
+) -> tuple[linsey.Program, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The program of a target, and the sample inputs that it was lowered with."""
     import jax
     from flax import linen
 
@@ -210,65 +271,20 @@ def _lowered(
             )
         return jax.ShapeDtypeStruct(kind.shape, dtype)  # type: ignore[no-untyped-call]
 
-    if isinstance(source, type) and issubclass(source, linen.Module):
-        source = source()
-    kwargs = {
+    def made() -> Any:
+        is_class = isinstance(source, type) and issubclass(source, linen.Module)
+        return source() if is_class else source
+
+    source = _options.load(target)
+    given = tuple(map(abstract, args))
+    named = {
         name: abstract(value) if isinstance(value, TensorType) else value
         for name, value in keywords.items()
     }
-    return linsey.lower(source, *map(abstract, args), method=method, **kwargs).graph
-
-
-def _print_summary(summary: _summary.Summary, graph: linsey.Graph) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Summary", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("part")
-    table.add_column("what", overflow="fold")
-    table.add_column("number", justify="right")
-    table.add_column("bytes", justify="right")
-
-    def section(part: str, rows: Sequence[tuple[str, int | None, int | None]]) -> None:
-        for what, number, size in rows or [("none", None, None)]:
-            cells = ["" if cell is None else f"{cell:,}" for cell in (number, size)]
-            table.add_row(Text(part), Text(what), *cells)
-            part = ""
-        table.add_section()
-
-    section("layers", [(name, count, None) for name, count in summary.layers])
-    total = [size for _, _, size in summary.collections if size is not None]
-    whole: list[tuple[str, int | None, int | None]] = []
-    if len(total) == len(summary.collections) > 1:
-        whole.append(("all", len(graph.slots), sum(total)))
-    section("slots", [*summary.collections, *whole])
-    section("streams", [(f"{name} ({by}, {use})", None, None) for name, by, use in summary.streams])
-    shared = [
-        (_and_also([format_path(path) for path in paths]), max(1, len(paths)), None)
-        for _, paths in summary.shared
-    ]
-    section("shared nodes", shared)
-    tied = [graph.slots[number] for number in summary.tied]
-    section(
-        "tied slots",
-        [
-            (_and_also([slot.key, *map(format_path, slot.paths[1:])]), len(slot.paths), None)
-            for slot in tied
-        ],
+    program = _options.guarded(
+        lambda: linsey.lower(made(), *given, method=method, **named), f"lowering {target}"
     )
-    stacked = [
-        (f"{part.name or 'axis'}={part.length} by {format_path(part.owner) or 'the root'}", part)
-        for part in summary.stacked
-    ]
-    section("stacked slots", [(what, part.slots, None) for what, part in stacked])
-    Console(file=sys.stdout).print(table)
-
-
-def _and_also(places: list[str]) -> str:
-    first, *rest = places or ["an attribute"]
-    return f"{first}, also {', '.join(rest)}" if rest else first
+    return program, (given, named)
 
 
 if __name__ == "__main__":

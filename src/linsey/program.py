@@ -12,6 +12,8 @@ from linsey import _trees, plugins
 from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, Values, verify
 from linsey.runtime import Executable, sharding
+from linsey.runtime.gradients import Wanted
+from linsey.runtime.plan import Plan, plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +169,39 @@ class Program:
             >>> specs = program.partition_specs(
             ...     mesh={"data": 2, "model": 4}, rules=[("embed", None), ("mlp", "model")]
             ... )
-            >>> specs["params/kernel"]
-            PartitionSpec(None, 'model')
+            >>> tuple(specs["params/kernel"])
+            (None, 'model')
         """
         return sharding.specs(self.graph, mesh, rules)
+
+    def plan(
+        self, mesh: Any, rules: Any = None, *, optimizer: Any = None, wrt: Wanted = "params"
+    ) -> Plan:
+        """What each device of a mesh would hold, counted from the graph: no such devices needed.
+
+        Args:
+            mesh: a mesh, an ``AbstractMesh``, or the sizes of its axes by name.
+            rules: as for `compile`.
+            optimizer: an optax transformation, whose state is counted too; None: no optimizer.
+            wrt: what it optimizes, as `linsey.runtime.Executable.train` takes it.
+
+        Returns:
+            Bytes by collection, slots that stay replicated, uneven shards, names and rules that
+            are not used, and what does not fit; ``print`` shows a table.
+
+        Raises:
+            PartitionError: the mesh or the rules cannot be read.
+
+        Example:
+            >>> import jax, linsey
+            >>> from flax import linen as nn
+            >>> init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+            >>> program = linsey.lower(nn.Dense(8, kernel_init=init), jax.numpy.ones((1, 4)))
+            >>> plan = program.plan({"data": 2, "model": 4})
+            >>> plan.shares[0].whole, plan.shares[0].per_device
+            (160, 64)
+        """
+        return plan(self.graph, mesh, rules, optimizer=optimizer, wrt=wrt)
 
     def _dialect(self) -> str:
         """The dialect that runs the root: that of its wrapper, where it has one."""
