@@ -6,6 +6,9 @@ import jax
 
 from linsey.ir import SlotIndex, Values
 from linsey.runtime.executable import Executable
+from linsey.runtime.plan import Plan
+from linsey.runtime.train_state import TrainState
+from linsey.runtime.training import TrainStep
 
 
 def _flatten(values: Values) -> tuple[tuple[object, ...], SlotIndex]:
@@ -26,4 +29,4 @@ def _unflatten(index: SlotIndex, arrays: Iterable[object]) -> Values:
 # Here and not in linsey.ir, which does not know jax.
 jax.tree_util.register_pytree_with_keys(Values, _flatten_with_keys, _unflatten, _flatten)
 
-__all__ = ["Executable", "Values"]
+__all__ = ["Executable", "Plan", "TrainState", "TrainStep", "Values"]

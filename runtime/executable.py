@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from linsey import _trees
 from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, decode, describe, slot_index
-from linsey.runtime import sharding
+from linsey.runtime import gradients, sharding
 from linsey.runtime.call import Call
 from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
 from linsey.runtime.packing import PackedValues, Packing, packed, packing_of
+from linsey.runtime.training import TrainStep
 
 
 class Executable:
@@ -121,7 +122,7 @@ class Executable:
     def _traced_init(self, rngs: Any) -> tuple[Any, ...]:
         assert self._init is not None
         has_boxes = any(slot.box is not None for slot in self.graph.slots)
-        with self._around(is_init=has_boxes):
+        with self.around(is_init=has_boxes):
             return self._init(rngs).arrays
 
     def place(self, values: Values) -> Values:
@@ -137,7 +138,7 @@ class Executable:
         Raises:
             ValuesError: the values are not those of this program, or of another shape.
         """
-        self._check_values(values)
+        self.check_values(values)
         if self.shardings is not None:
             _trees.check_shapes(self.graph, values.arrays)
             values = Values(self._index, sharding.put(values.arrays, self.shardings.arrays))
@@ -163,7 +164,7 @@ class Executable:
             return self._packing.shardings
         return None if self.shardings is None else self.shardings.arrays
 
-    def _around(self, *, is_init: bool = False) -> AbstractContextManager[None]:
+    def around(self, *, is_init: bool = False) -> AbstractContextManager[None]:
         """What the model's code finds around it when it is traced."""
         if self.mesh is None:
             return nullcontext()
@@ -172,7 +173,12 @@ class Executable:
         hides = is_init and sharding.is_explicit(self.mesh)
         return sharding.tracing_on(None if hides else self.mesh, self._rules)
 
-    def _check_values(self, values: object) -> None:
+    def check_values(self, values: object) -> None:
+        """Checks that values are those of this program.
+
+        Raises:
+            ValuesError: they are not.
+        """
         index = values.index if isinstance(values, Values) else values
         if index is not self._index and index != self._index:
             raise _not_ours(index, self._index)
@@ -196,7 +202,7 @@ class Executable:
             ValuesError: the values are not those of this program.
             EmitError: a PRNG stream is missing.
         """
-        self._check_values(values)
+        self.check_values(values)
         # What follows is paid at every call.
         signature, dynamic = signature_of(args, kwargs)
         keys, stored = keys_of(rngs), self._stored(values)
@@ -245,7 +251,7 @@ class Executable:
         rngs = None if keys is None else _trees.key_dict(keys)
         _trees.check_shapes(self.graph, arrays)
         try:
-            with self._around():
+            with self.around():
                 called = self._run(
                     arrays, args, kwargs, method=self.method, rngs=rngs, mutable=self._mutable
                 )
@@ -265,6 +271,82 @@ class Executable:
             return called.output, changed
         captured = {name: called.extra.get(name, {}) for name in self._capture}
         return (called.output, captured), changed
+
+    def value_and_grad(
+        self, loss: Callable[..., Any], *, wrt: gradients.Wanted = "params"
+    ) -> Callable[..., Any]:
+        """The value of a loss function and its gradients; see `linsey.runtime.gradients`.
+
+        Args:
+            loss: ``loss(model, *batch)`` gives a scalar, or a pair of it and anything else;
+                ``model(...)`` calls the program.
+            wrt: the slots to differentiate: a collection, a predicate on names, or a tuple of
+                these.
+
+        Returns:
+            A function ``(values, *batch, rngs=None) -> (loss, gradients, values)``, for use inside
+            a jit; a pair from ``loss`` stands in its place.
+
+        Raises:
+            ValuesError: ``wrt`` selects nothing, or a slot that has no gradient.
+
+        Example:
+            >>> import jax, linsey
+            >>> from flax import linen as nn
+            >>> x = jax.numpy.ones((1, 3))
+            >>> exe = linsey.lower(nn.Dense(2), x).compile()
+            >>> run = jax.jit(exe.value_and_grad(lambda model, x: model(x).sum()))
+            >>> loss, grads, values = run(exe.init(0), x)
+            >>> grads["params/kernel"].shape
+            (3, 2)
+        """
+        return gradients.value_and_grad(self, loss, wrt=wrt)
+
+    def train(
+        self,
+        loss: Callable[..., Any],
+        optimizer: Any,
+        *,
+        wrt: gradients.Wanted = "params",
+        accumulate: int = 1,
+        stacked: bool = False,
+        in_shardings: Any = None,
+    ) -> TrainStep:
+        """A train step with an optax optimizer; see `linsey.runtime.TrainStep`.
+
+        Args:
+            loss: as for `value_and_grad`.
+            optimizer: an optax optimizer.
+            wrt: the slots to train, as for `value_and_grad`.
+            accumulate: over how many micro-batches gradients are averaged, inside the one jit.
+            stacked: whether the batch has its micro-batches on a leading axis already.
+            in_shardings: how arrays of the batch lie on the mesh, as for `linsey.Program.compile`.
+
+        Raises:
+            ValuesError: ``wrt`` selects nothing, or a slot that has no gradient.
+            EmitError: ``accumulate`` is not a positive number.
+            PartitionError: ``in_shardings`` do not fit the mesh.
+
+        Example:
+            >>> import jax, linsey, optax
+            >>> from flax import linen as nn
+            >>> x = jax.numpy.ones((4, 3))
+            >>> exe = linsey.lower(nn.Dense(2), x).compile()
+            >>> step = exe.train(lambda model, x: (model(x) ** 2).mean(), optax.adam(1e-3))
+            >>> state = step.init(0)
+            >>> state, loss = step(state, x)
+            >>> state.values["params/kernel"].shape, loss.shape
+            ((3, 2), ())
+        """
+        return TrainStep(
+            self,
+            loss,
+            optimizer,
+            wrt=wrt,
+            accumulate=accumulate,
+            stacked=stacked,
+            in_shardings=in_shardings,
+        )
 
     def lower(self, values: Values, /, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
         """The call, lowered and not compiled: a `jax.stages.Lowered`.
