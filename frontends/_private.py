@@ -14,11 +14,11 @@ from typing import Any, Literal
 import jax
 from flax.core import lift, meta, scope, spmd
 from flax.linen import module as linen_module
-from flax.linen import spmd as linen_spmd
 from flax.linen import transforms
 from flax.nnx import graphlib
 from flax.nnx.bridge import wrappers
 
+from linsey._unboxing import constraining
 from linsey.ir import AttrValue, Call, Const, Encoder, Map, Ref, reference
 
 
@@ -92,8 +92,6 @@ _originals: dict[tuple[Any, str], Any] = {
     (spmd, "shard_value"): spmd.shard_value,
     # Reading a boxed variable constrains its value to the mesh in force. On a mesh with Explicit
     # axes that is an assertion, which no value that an initialiser just made can pass.
-    (meta.Partitioned, "unbox"): meta.Partitioned.unbox,
-    (linen_spmd.LogicallyPartitioned, "unbox"): linen_spmd.LogicallyPartitioned.unbox,
 }
 
 
@@ -202,20 +200,6 @@ def _mesh_of(annotation: Any) -> Any:
     return getattr(getattr(annotation, "sharding", annotation), "mesh", None)
 
 
-def _unbox(owner: Any) -> Any:
-    def unbox(self: Any, apply_constraint: bool = True) -> Any:
-        if _active.annotating == "always" or (_active.annotating and _is_explicit(self.mesh)):
-            apply_constraint = False
-        return _originals[owner, "unbox"](self, apply_constraint=apply_constraint)
-
-    return unbox
-
-
-def _is_explicit(mesh: Any) -> bool:
-    mesh = meta.get_global_mesh() if mesh is None else mesh
-    return mesh is not None and bool(mesh.are_all_axes_explicit)
-
-
 _replacements = {
     (scope.Scope, "put_variable"): _put_variable,
     (scope.Scope, "make_rng"): _make_rng,
@@ -227,8 +211,6 @@ _replacements = {
     (scope.Scope, "invalidate"): _invalidate,
     (wrappers.ToNNX, "__call__"): _call_to_nnx,
     (spmd, "shard_value"): _shard_value,
-    (meta.Partitioned, "unbox"): _unbox(meta.Partitioned),
-    (linen_spmd.LogicallyPartitioned, "unbox"): _unbox(linen_spmd.LogicallyPartitioned),
 }
 
 
@@ -268,10 +250,10 @@ def annotating(when: Literal["always", "if needed"]) -> Iterator[None]:
 
     Args:
         when: ``always`` for abstract values; ``if needed`` for concrete ones: only where flax would
-            raise, since there is no mesh, or one with Explicit axes.
+            raise, since there is no mesh, or (see `constraining`) the annotation does not fit.
     """
     previous = _active.annotating
-    with _replaced():
+    with _replaced(), constraining("never" if when == "always" else "where it fits"):
         _active.annotating = when
         try:
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -134,6 +134,23 @@ class Call:
     def lower(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
         """The call lowered and not compiled, a `jax.stages.Lowered`."""
         return self._jitted.lower(self._take(arrays), self._leave(arrays), dynamic, keys)
+
+
+def changes(old: Sequence[Any], new: Sequence[Any]) -> dict[int, Any]:
+    """The values that are not the very objects they were, by position."""
+    return {
+        position: after
+        for position, (before, after) in enumerate(zip(old, new, strict=True))
+        if after is not before
+    }
+
+
+def replaced(stored: tuple[Any, ...], changed: Mapping[int, Any]) -> tuple[Any, ...]:
+    """What is stored after a call, from what was and what the call changed."""
+    after = list(stored)
+    for position, value in changed.items():
+        after[position] = value
+    return tuple(after)
 
 
 class _MoreChanged(Exception):

@@ -14,7 +14,7 @@ from linsey import _trees
 from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, decode, describe, slot_index
 from linsey.runtime import gradients, sharding
-from linsey.runtime.call import Call
+from linsey.runtime.call import Call, changes, replaced
 from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
 from linsey.runtime.packing import PackedValues, Packing, packed, packing_of
 from linsey.runtime.training import TrainStep
@@ -94,6 +94,11 @@ class Executable:
             mesh=self.mesh,
             shardings=None if self.shardings is None else self.shardings.arrays,
         )
+
+    @property
+    def packs(self) -> bool:
+        """Whether small slots share buffers."""
+        return self._packing is not None
 
     def init(self, rngs: Any = None) -> Values:
         """Concrete values, initialised under jit.
@@ -211,12 +216,7 @@ class Executable:
             compiled = self._compile(args, kwargs, stored, keys)
             self._compiled[signature] = compiled
         output, changed = compiled(stored, dynamic, keys)
-        if not changed:
-            return output, values
-        after = list(stored)
-        for position, value in changed.items():
-            after[position] = value
-        return output, self._values(tuple(after))
+        return output, self._values(replaced(stored, changed)) if changed else values
 
     def _compile(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], stored: tuple[Any, ...], keys: Any
@@ -262,11 +262,7 @@ class Executable:
                 path=_name(self.graph, self.method),
                 fix="Call it with the arguments, shapes and method that the source itself takes.",
             ) from error
-        changed = {
-            slot: new
-            for slot, (old, new) in enumerate(zip(arrays, called.arrays, strict=True))
-            if new is not old
-        } or None
+        changed = changes(arrays, called.arrays) or None
         if not self._capture:
             return called.output, changed
         captured = {name: called.extra.get(name, {}) for name in self._capture}
@@ -284,8 +280,8 @@ class Executable:
                 these.
 
         Returns:
-            A function ``(values, *batch, rngs=None) -> (loss, gradients, values)``, for use inside
-            a jit; a pair from ``loss`` stands in its place.
+            A function ``(values, *batch, rngs=None) -> ((loss, aux), gradients, values)``, for use
+            inside a jit; ``aux`` is None where ``loss`` gives a scalar alone.
 
         Raises:
             ValuesError: ``wrt`` selects nothing, or a slot that has no gradient.
@@ -296,11 +292,12 @@ class Executable:
             >>> x = jax.numpy.ones((1, 3))
             >>> exe = linsey.lower(nn.Dense(2), x).compile()
             >>> run = jax.jit(exe.value_and_grad(lambda model, x: model(x).sum()))
-            >>> loss, grads, values = run(exe.init(0), x)
+            >>> (loss, _), grads, values = run(exe.init(0), x)
             >>> grads["params/kernel"].shape
             (3, 2)
         """
-        return gradients.value_and_grad(self, loss, wrt=wrt)
+        run: Callable[..., Any] = gradients.value_and_grad(self, loss, wrt=wrt)
+        return run
 
     def train(
         self,

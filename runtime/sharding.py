@@ -10,6 +10,7 @@ import jax
 from flax import linen, nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from linsey._unboxing import constraining
 from linsey.ir import (
     UNCONSTRAINED,
     Axis,
@@ -137,26 +138,6 @@ def specs(graph: Graph, mesh: Any = None, rules: Any = None) -> Values:
     return Values(slot_index(graph), tuple(spec(placement.axes) for placement in found))
 
 
-def _check_boxes(graph: Graph, mesh: Mesh) -> None:
-    """Refuses Linen boxes that flax itself could not unbox on the mesh.
-
-    Raises:
-        PartitionError: an ``nn.Partitioned`` names an axis that the mesh does not have. Its names
-            are used as they stand when the model runs, whatever the rules say.
-    """
-    for slot in graph.slots:
-        if slot.box is None or slot.partition is None or slot.partition.logical:
-            continue
-        for name in slot.partition.axes:
-            if isinstance(name, str) and name not in mesh.shape:
-                raise PartitionError(
-                    f"an nn.Partitioned names {name!r}; flax takes it for an axis of the mesh when"
-                    f" the model runs, and the mesh has {', '.join(mesh.axis_names)}",
-                    path=slot.key,
-                    fix="Annotate logical axes by nn.with_logical_partitioning: rules map those.",
-                )
-
-
 def shardings(graph: Graph, mesh: Mesh, rules: Any = None) -> Values:
     """The ``NamedSharding`` of each slot on a mesh.
 
@@ -167,7 +148,6 @@ def shardings(graph: Graph, mesh: Mesh, rules: Any = None) -> Values:
         PartitionError: a slot does not fit.
     """
     found = _fitting(graph, mesh, rules)
-    _check_boxes(graph, mesh)
     return Values(
         slot_index(graph),
         tuple(
@@ -216,6 +196,7 @@ def tracing_on(mesh: Mesh | None, rules: Rules | None) -> Iterator[None]:
         if mesh is not None:
             stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
         stack.enter_context(nnx.use_eager_sharding(False))
+        stack.enter_context(constraining("where it fits"))
         if rules is not None:
             pairs = tuple((name, _flax_axis(target)) for name, target in rules)
             stack.enter_context(linen.logical_axis_rules(pairs))

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 import optax
 
 from linsey import _trees
 from linsey.ir import EmitError, Values, ValuesError
 from linsey.runtime import gradients
-from linsey.runtime.inputs import input_shardings, read_inputs
+from linsey.runtime.call import Call, changes, replaced
+from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
 from linsey.runtime.optimizer_state import init_optimizer, state_shardings
-from linsey.runtime.step_call import StepCall, changes
-from linsey.runtime.train_state import TrainState
+from linsey.runtime.packing import Packing, packing_of
+from linsey.runtime.train_state import Form, TrainState
 
 if TYPE_CHECKING:  # which offers this as a method
     from linsey.runtime.executable import Executable
-
-_ARRAY_TYPES: set[type] = set()
-"""The types of concrete arrays met so far: a set look-up is faster than ``isinstance``."""
 
 
 class TrainStep:
@@ -81,7 +77,8 @@ class TrainStep:
         self._count = accumulate
         self._stacked = stacked
         self._inputs = read_inputs(in_shardings, exe.mesh)
-        self._calls: dict[Any, StepCall] = {}
+        self._calls: dict[Any, Call] = {}
+        self._form: Form | None = None
 
     def init(self, rngs: Any = None, *, values: Values | None = None) -> TrainState:
         """A state to begin with, born sharded where there is a mesh.
@@ -100,7 +97,8 @@ class TrainStep:
         else:
             values = _copied(self.exe.place(values), self.exe.shardings)
         params = values.select(*self._wanted)
-        return TrainState(values, init_optimizer(self.optimizer, params, self.exe.shardings))
+        opt_state = init_optimizer(self.optimizer, params, self.exe.shardings)
+        return self._fitting(TrainState(values, opt_state))
 
     def abstract(self, rngs: Any = None, *, values: Values | None = None) -> TrainState:
         """The state that `init` gives, as shapes, dtypes and shardings; nothing is computed.
@@ -144,15 +142,15 @@ class TrainStep:
             ValuesError: the state is not one of this program and optimizer.
             EmitError: the loss is not a real number, or the batch cannot be split.
         """
-        # What is paid at every step is what stands here, and StepCall.__call__.
-        for array in batch:
-            if type(array) not in _ARRAY_TYPES:
-                return self._general_call(state, batch, kwargs, rngs)
-        if not kwargs and (rngs is None or _is_plain(rngs)):
-            call = self._calls.get(len(batch))
-            if call is not None and call.fits(state):
-                return call(state, batch, rngs)
-        return self._general_call(state, batch, kwargs, rngs)
+        # What is paid at every step is what stands here, and Call.__call__.
+        state = self._fitting(state)
+        signature, dynamic = signature_of(batch, kwargs)
+        keys, stored = keys_of(rngs), state.stored
+        call = self._calls.get(signature)
+        if call is None:
+            call = self._calls[signature] = self._compile(batch, kwargs, state, keys)
+        result, changed = call(stored, dynamic, keys)
+        return TrainState.of_stored(state.form, replaced(stored, changed)), result
 
     def lower(self, state: TrainState, /, *batch: Any, rngs: Any = None, **kwargs: Any) -> Any:
         """The step, lowered and not compiled: a `jax.stages.Lowered`.
@@ -163,43 +161,61 @@ class TrainStep:
             rngs: keys for this step.
             kwargs: keyword arguments of the loss function.
         """
-        keys = None if rngs is None else _trees.key_dict(rngs)
-        arguments = _trees.Arguments.split(batch, kwargs)
-        return self._compile(arguments, state, keys).lower(state, arguments.dynamic, keys)
+        state, keys = self._fitting(state), keys_of(rngs)
+        dynamic = _trees.Arguments.split(batch, kwargs).dynamic
+        return self._compile(batch, kwargs, state, keys).lower(state.stored, dynamic, keys)
 
-    def _general_call(
-        self, state: TrainState, batch: tuple[Any, ...], kwargs: dict[str, Any], rngs: Any
-    ) -> tuple[TrainState, Any]:
-        """A call with static arguments, pytrees of arrays, or for the first time."""
-        keys = None if rngs is None else _trees.key_dict(rngs)
-        arguments = _trees.Arguments.split(batch, kwargs)
-        signature: Any = len(batch)
-        if kwargs or not _are_arrays(batch):
-            typed = tuple((place, type(value), value) for place, value in arguments.static)
-            signature = (arguments.treedef, typed)
-        try:
-            call = self._calls.get(signature)
-        except TypeError as error:
-            raise EmitError(
-                f"a static argument cannot be hashed: {error}",
-                path="batch",
-                fix="Pass arrays, or hashable objects (a tuple in place of a list).",
-            ) from error
-        if call is None or not call.fits(state):
-            call = self._calls[signature] = self._compile(arguments, state, keys)
-        return call(state, arguments.dynamic, keys)
+    def _fitting(self, state: TrainState) -> TrainState:
+        """A state in the form that this step takes.
 
-    def _compile(self, arguments: _trees.Arguments, state: TrainState, keys: Any) -> StepCall:
+        Raises:
+            ValuesError: it is not one of this program and optimizer.
+        """
+        if type(state) is TrainState and state.form is self._form:
+            return state
         self._check(state)
-        changed = self._called(arguments, state.values, arguments.dynamic, keys)
-        trained = state.values.select(*self._wanted)
-        return StepCall(
-            functools.partial(self._traced, arguments),
-            state,
+        if self._form is None:
+            packing = self._packing_of(state) if self.exe.packs else None
+            self._form = Form(state.form.index, state.form.structure, packing)
+        return TrainState.of_stored(self._form, state.packed(self._form.packing).stored)
+
+    def _packing_of(self, state: TrainState) -> Packing:
+        trained = set(state.values.select(*self._wanted))
+        slots = [(slot.collection, slot.key in trained) for slot in self.exe.graph.slots]
+        rest = len(state.arrays) - len(slots)
+        where = self.shardings(state)
+        return packing_of(
+            list(map(_trees.value_type, state.arrays)),
+            [*slots, *["the optimizer's"] * rest],
             mesh=self.exe.mesh,
-            where=self.shardings(state),
+            shardings=None if where is None else where.stored,
+        )
+
+    def _compile(
+        self, batch: tuple[Any, ...], kwargs: Mapping[str, Any], state: TrainState, keys: Any
+    ) -> Call:
+        arguments = _trees.Arguments.split(batch, kwargs)
+        packing, where = state.form.packing, self.shardings(state)
+        plain = Form(state.form.index, state.form.structure)
+
+        def traced(stored: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+            arrays = stored if packing is None else packing.unpack(stored)
+            before = TrainState.of_stored(plain, arrays)
+            after, result = self._traced(arguments, before, dynamic, keys)
+            changed = changes(arrays, after.arrays)
+            return result, changed if packing is None else packing.repack(changed, arrays)
+
+        if where is not None:
+            slots = where.stored if packing is None else packing.shardings
+        return Call(
+            traced,
+            state.stored,
+            arguments.dynamic,
+            keys,
+            donate=True,
+            mesh=self.exe.mesh,
+            slots=None if where is None else slots,
             inputs=input_shardings(self._inputs, arguments, self.exe.mesh),
-            changed={*changed, *map(state.values.index.find, trained)},
         )
 
     def _check(self, state: Any) -> None:
@@ -210,10 +226,10 @@ class TrainStep:
                 path="state",
                 fix="Pass what step.init or the last step gave.",
             )
-        self.exe.check_values(state.values)
+        self.exe.check_values(state.form.index)
         params = state.values.select(*self._wanted)
-        own: Any = jax.tree.structure(jax.eval_shape(self.optimizer.init, params))
-        if state.structure != own:
+        own = jax.tree.structure(jax.eval_shape(self.optimizer.init, params))
+        if state.form.structure != own:
             raise ValuesError(
                 "the state is that of another optimizer, or of one for other slots",
                 path="opt_state",
@@ -296,18 +312,3 @@ def _copied(values: Values, shardings: Values | None) -> Values:
 def _placed_struct(array: Any, where: Any) -> Any:
     make: Any = jax.ShapeDtypeStruct  # its constructor is not annotated
     return make(array.shape, array.dtype, sharding=where)
-
-
-def _are_arrays(values: Iterable[Any]) -> bool:
-    return all(type(value) in _ARRAY_TYPES or _is_array(value) for value in values)
-
-
-def _is_array(value: Any) -> bool:
-    if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array | np.ndarray):
-        return False
-    _ARRAY_TYPES.add(type(value))
-    return True
-
-
-def _is_plain(rngs: Any) -> bool:
-    return type(rngs) is dict and _are_arrays(rngs.values())

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from linsey.ir import Graph, LinseyError, Values
     from linsey.lowering import lower, to_linen, to_nnx
     from linsey.program import Program
-    from linsey.runtime import Executable, checkpoint
+    from linsey.runtime import Executable
 
 __version__ = "0.1.0"
 
