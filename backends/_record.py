@@ -22,11 +22,29 @@ class Called:
     """State that the call made and no slot holds (sown values): collection -> nested dict."""
 
 
+@dataclass(kw_only=True)
+class SharedCalls:
+    """What became of the layers of equal structure in one call of a runner."""
+
+    calls: int = 0
+    """How many calls of layers went through a shared trace."""
+    traces: int = 0
+    """How many traces that took."""
+    inlined: int = 0
+    """For how many of the calls the traced operations are in the program themselves, and no call of
+    a function: one that is called once, or whose gradient would be added up in another order."""
+
+
 class Runner(Protocol):
     """Runs a graph's root as a pure function of its slots."""
 
     default_mutable: Any
     """The collections that a call may change when nothing is said; None: all."""
+    share_traces: bool
+    """Whether layers of equal structure are traced once; False unless somebody sets it. What a call
+    gives is the same."""
+    shared: SharedCalls
+    """What became of such layers in the last call."""
 
     def __call__(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from linsey.runtime import sharding
 from linsey.runtime.inputs import check_fit
@@ -106,30 +106,15 @@ class Call:
         """What was passed, moved to where it belongs; None when all of it lay right."""
         assert self._slots is not None
         assert self._mesh is not None
-        moved = sharding.put(arrays, self._slots)
-        replicated = NamedSharding(self._mesh, sharding.spec(()))
         wanted = self._inputs or (None,) * len(dynamic)
         for value, where in zip(dynamic, wanted, strict=True):
             if where is not None:
                 check_fit(value, where)
-        inputs = tuple(
-            sharding.put((value,), (where or (None if self._is_here(value) else replicated),))[0]
-            for value, where in zip(dynamic, wanted, strict=True)
-        )
-        names, held = tuple(keys or ()), tuple((keys or {}).values())
-        there = tuple(None if self._is_here(key) else replicated for key in held)
-        drawn = sharding.put(held, there)
-        before, after = (*arrays, *dynamic, *held), (*moved, *inputs, *drawn)
-        if all(map(operator.is_, before, after)):
-            return None
-        return moved, inputs, None if keys is None else dict(zip(names, drawn, strict=True))
-
-    def _is_here(self, value: Any) -> bool:
-        """Whether an array may stay: it is on no device yet, or on all of the mesh."""
-        if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
-            return True
-        assert self._mesh is not None
-        return not value.committed or value.sharding.device_set == set(self._mesh.devices.flat)
+        before = (arrays, dynamic, keys)
+        put = sharding.put(arrays, self._slots), sharding.put(dynamic, wanted), keys
+        after = sharding.near(put, self._mesh)
+        leaves = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+        return None if all(old is new for old, new in leaves) else after
 
     def lower(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
         """The call lowered and not compiled, a `jax.stages.Lowered`."""

@@ -47,6 +47,7 @@ class Executable:
         rules: pairs of a logical axis and mesh axes; None: see `linsey.Program.compile`.
         in_shardings: how the arguments of calls lie on the mesh; None: as they come.
         pack: whether small slots share buffers; see `linsey.Program.compile`.
+        share_traces: whether layers of equal structure are traced once; see the same.
 
     Raises:
         EmitError: there is no such method.
@@ -67,6 +68,7 @@ class Executable:
         rules: Any = None,
         in_shardings: Any = None,
         pack: bool = False,
+        share_traces: bool = False,
     ) -> None:
         _check_method(graph, method)
         self.graph = graph
@@ -81,6 +83,7 @@ class Executable:
         self._init = init
         self._index = slot_index(graph)
         self._run = backend.runner(graph)
+        self._run.share_traces = share_traces
         self._mutable = _with_capture(self._run, mutable, capture)
         self._capture = capture
         self._donate = donate
@@ -121,7 +124,10 @@ class Executable:
         if self._jitted_init is None:
             slots = None if self.shardings is None else self.shardings.arrays
             self._jitted_init = jax.jit(self._traced_init, out_shardings=slots)
-        arrays: tuple[Any, ...] = self._jitted_init(_seed(rngs))
+        seed = _seed(rngs)
+        if self.mesh is not None:
+            seed = sharding.near(seed, self.mesh)
+        arrays: tuple[Any, ...] = self._jitted_init(seed)
         return self._values(self._stored(Values(self._index, arrays)))
 
     def _traced_init(self, rngs: Any) -> tuple[Any, ...]:
@@ -160,7 +166,10 @@ class Executable:
             return values.arrays
         if isinstance(values, PackedValues) and values.packing == self._packing:
             return values.stored
-        return packed(self._packing, values.arrays)
+        arrays = values.arrays
+        if self.shardings is not None:
+            arrays = sharding.put(arrays, self.shardings.arrays)
+        return packed(self._packing, arrays)
 
     @property
     def _stored_on(self) -> tuple[Any, ...] | None:

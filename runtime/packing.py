@@ -107,14 +107,22 @@ class Packing:
             for part in buffer:
                 piece = jax.lax.slice_in_dim(flat, part.start, part.start + part.size, axis=-1)
                 arrays[part.slot] = _joined(piece, part)
-        return tuple(arrays)
+        return _apart(arrays)
 
     def _packed(self, buffer: _Buffer, arrays: Sequence[Any]) -> Any:
-        pieces = [_split(arrays[part.slot], part) for part in buffer]
-        # Else XLA computes hundreds of slots inside one loop, which takes it minutes to compile.
-        barrier: Any = jax.lax.optimization_barrier  # not annotated
-        pieces = barrier(pieces)
-        return jnp.concatenate(pieces, axis=-1)
+        return jnp.concatenate(
+            _apart([_split(arrays[part.slot], part) for part in buffer]), axis=-1
+        )
+
+
+def _apart(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    """The arrays, which XLA may not compute in one loop with what is before or behind.
+
+    So the program between unpacking and packing is that of separate arrays, to the last bit, and
+    XLA does not spend minutes on a loop over hundreds of slots.
+    """
+    barrier: Any = jax.lax.optimization_barrier  # not annotated
+    return tuple(barrier(tuple(arrays)))
 
 
 def _split(value: Any, part: _Part) -> Any:

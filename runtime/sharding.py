@@ -222,8 +222,26 @@ def put(values: tuple[Any, ...], wanted: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+def near(tree: Any, mesh: Mesh) -> Any:
+    """A pytree whose arrays may take part in a call on a mesh.
+
+    One that is committed to other devices is copied to all of the mesh; any other is the very
+    object.
+    """
+    devices = set(mesh.devices.flat)
+    everywhere = NamedSharding(mesh, spec(()))
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return leaf
+        is_near = not leaf.committed or leaf.sharding.device_set == devices
+        return leaf if is_near else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(moved, tree)
+
+
 def _lies_on(value: Any, sharding: Any) -> bool:
-    if sharding is None or isinstance(value, jax.core.Tracer):
+    if sharding is None or isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct):
         return True
     return all(
         isinstance(leaf, jax.Array) and leaf.committed and _same(leaf, sharding)

@@ -8,11 +8,13 @@ from typing import Any
 from flax import linen
 
 from linsey.backends._decode import abstract_value, boxed, emitted_box, linen_module
-from linsey.backends._record import Called
+from linsey.backends._record import Called, SharedCalls
+from linsey.backends._share import Session, can_share, run
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.host import NNXHost
 from linsey.backends.linen.hosting import Hosting
 from linsey.backends.linen.region import Region
+from linsey.backends.linen.share import Blocks
 from linsey.backends.nnx.build import is_hosted
 from linsey.ir import Graph, Node, Values, decode
 
@@ -53,6 +55,9 @@ class LinenRunner:
         self._graph = graph
         self._region = Region(HostSpec(graph, graph.root))
         self.default_mutable: Any = self._region.mutable
+        self.share_traces = False
+        self.shared = SharedCalls()
+        self._blocks: Blocks | None = None
 
     def __call__(
         self,
@@ -65,6 +70,30 @@ class LinenRunner:
         mutable: Any,
     ) -> Called:
         """See `linsey.backends.Runner`."""
+        self.shared = SharedCalls()
+        if not self.share_traces or not can_share(arrays, args, kwargs, rngs):
+            return self._call(arrays, args, kwargs, method, rngs, mutable)
+        if self._blocks is None:
+            self._blocks = Blocks(self._graph)
+        blocks = self._blocks
+
+        def call(session: Session, given: Any) -> Called:
+            arrays, (args, kwargs, rngs) = given
+            with blocks.calls(session):
+                return self._call(arrays, args, kwargs, method, rngs, mutable)
+
+        called, self.shared = run(call, arrays, (args, dict(kwargs), rngs))
+        return called
+
+    def _call(
+        self,
+        arrays: Sequence[Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        method: Any,
+        rngs: Mapping[str, Any] | None,
+        mutable: Any,
+    ) -> Called:
         slots = self._graph.slots
         variables = self._region.assemble(lambda slot: boxed(slots[slot], arrays[slot]))
         output, updates = self._region.call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,8 +14,10 @@ from flax.nnx import bridge
 
 from linsey._collections import collection_of
 from linsey.backends._decode import abstract_value
-from linsey.backends._record import Called
+from linsey.backends._record import Called, SharedCalls
+from linsey.backends._share import Session, can_share, run
 from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.share import Blocks
 from linsey.ir import EmitError, Graph, Path, Stream, Values, decode, describe
 
 
@@ -141,6 +144,9 @@ class NNXRunner:
         self._graph = graph
         self._plan = Plan(graph, graph.root)
         self.default_mutable: Any = None
+        self.share_traces = False
+        self.shared = SharedCalls()
+        self._blocks: Blocks | None = None
         self._known = {path for slot in graph.slots for path in slot.paths}
 
     def __call__(
@@ -154,14 +160,40 @@ class NNXRunner:
         mutable: Any,
     ) -> Called:
         """See `linsey.backends.Runner`."""
+        self.shared = SharedCalls()
+        if not self.share_traces or not can_share(arrays, args, kwargs, rngs):
+            return self._call(arrays, args, kwargs, method, rngs, mutable)
+        if self._blocks is None:
+            self._blocks = Blocks(self._graph, self._plan)
+        blocks = self._blocks
+
+        def call(session: Session, given: Any) -> Called:
+            arrays, (args, kwargs, rngs) = given
+            around = functools.partial(blocks.calls, session)
+            return self._call(arrays, args, kwargs, method, rngs, mutable, around)
+
+        called, self.shared = run(call, arrays, (args, dict(kwargs), rngs))
+        return called
+
+    def _call(
+        self,
+        arrays: Sequence[Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        method: Any,
+        rngs: Mapping[str, Any] | None,
+        mutable: Any,
+        around: Callable[[Any], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> Called:
         given = list(arrays)
         if rngs:
             given = override_streams(self._graph, given, rngs)
         module = self._plan.build(given)
-        if method is None or isinstance(method, str):
-            output = getattr(module, method or "__call__")(*args, **kwargs)
-        else:
-            output = method(module, *args, **kwargs)
+        with around(module):
+            if method is None or isinstance(method, str):
+                output = getattr(module, method or "__call__")(*args, **kwargs)
+            else:
+                output = method(module, *args, **kwargs)
         after = self._plan.read(module, given)
         if rngs:  # keys that a call brings are the call's own: the stored streams stay
             for stream in self._graph.streams:

@@ -95,6 +95,7 @@ class Program:
         rules: Any = None,
         in_shardings: Any = None,
         pack: bool = False,
+        share_traces: bool = False,
     ) -> Executable:
         """Compiles one method; see `linsey.runtime.Executable`.
 
@@ -114,6 +115,9 @@ class Program:
             pack: whether slots of at most 64 KiB and of one collection, dtype and sharding share a
                 buffer, which `init` and each call then give back. It makes calls of models with
                 hundreds of small slots faster, and changes no number. Mesh axes must be Auto.
+            share_traces: whether calls of layers of equal structure (the blocks of an unrolled
+                transformer) are traced once and not each by itself. It makes tracing several times
+                faster and changes no number. Python code in such a layer runs once per trace.
 
         Raises:
             EmitError: there is no such method.
@@ -140,6 +144,7 @@ class Program:
             rules=rules,
             in_shardings=in_shardings,
             pack=pack,
+            share_traces=share_traces,
         )
 
     def partition_specs(self, *, mesh: Any = None, rules: Any = None) -> Values:

@@ -201,6 +201,33 @@ def test_values_from_elsewhere_are_moved(net: linsey.Program, source: str) -> No
     assert all(again[key] is value for key, value in placed.items())
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_keys_and_values_on_one_device(net: linsey.Program, pack: bool) -> None:
+    exe = net.compile(mesh=grid(), in_shardings=P("data"), pack=pack)
+    values = exe.init(jax.random.key(0))
+    committed = exe.init(jax.device_put(jax.random.key(0), jax.devices()[3]))
+    for key, value in values.items():
+        assert_same(committed[key], value)
+    alone = jax.device_put(net.init(0).values, jax.devices()[5])
+    assert_same(exe(alone, X)[0], exe(values, X)[0])
+
+
+def test_packed_values_on_a_mesh(net: linsey.Program) -> None:
+    exe = net.compile(mesh=grid(), in_shardings=P("data"), donate=True)
+    packed = net.compile(mesh=grid(), in_shardings=P("data"), donate=True, pack=True)
+    values, stored = exe.init(0), packed.init(0)
+    assert len(jax.tree.leaves(stored)) < len(jax.tree.leaves(values))
+    for _ in range(3):
+        y, values = exe(values, X)
+        z, stored = packed(stored, X)
+        assert_same(z, y)
+    for key, value in values.items():
+        assert_same(stored[key], value)
+        assert stored[key].sharding.is_equivalent_to(exe.shardings[key], value.ndim), key
+    with pytest.raises(PartitionError, match="at mesh: found explicit axes"):
+        net.compile(mesh=mesh_of(4, 2, kind=AxisType.Explicit), pack=True)
+
+
 def test_what_changes_is_donated_and_stays_sharded(net: linsey.Program) -> None:
     exe = net.compile(mesh=grid(), in_shardings=P("data"), donate=True)
     expected = net.compile(mesh=grid(), in_shardings=P("data"))
