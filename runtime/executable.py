@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -102,6 +103,15 @@ class Executable:
     def packs(self) -> bool:
         """Whether small slots share buffers."""
         return self._packing is not None
+
+    @property
+    def unpacked(self) -> Executable:
+        """The same without packing."""
+        if not self.packs:
+            return self
+        twin = copy.copy(self)
+        twin._packing, twin._compiled = None, {}
+        return twin
 
     def init(self, rngs: Any = None) -> Values:
         """Concrete values, initialised under jit.

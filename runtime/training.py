@@ -70,7 +70,8 @@ class TrainStep:
                 path="accumulate",
                 fix="Pass how many micro-batches a batch is split into; 1: it is not split.",
             )
-        self.exe = exe
+        self.exe = exe.unpacked  # the state is packed as a whole, and once
+        self._packs = exe.packs
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._loss = loss
         self._wanted = gradients.chosen(exe.graph, wrt)
@@ -175,7 +176,7 @@ class TrainStep:
             return state
         self._check(state)
         if self._form is None:
-            packing = self._packing_of(state) if self.exe.packs else None
+            packing = self._packing_of(state) if self._packs else None
             self._form = Form(state.form.index, state.form.structure, packing)
         return TrainState.of_stored(self._form, state.packed(self._form.packing).stored)
 
