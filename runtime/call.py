@@ -62,11 +62,11 @@ class Call:
         kept = tuple(sorted(set(range(self._count)) - set(self._changed)))
         order = {slot: position for position, slot in enumerate((*self._changed, *kept))}
         places = tuple(order[slot] for slot in range(self._count))
-        self._take, self._leave = _getter(self._changed), _getter(kept)
+        self._take, self._leave, self._merge = map(_getter, (self._changed, kept, places))
 
         def outer(given: tuple[Any, ...], rest: tuple[Any, ...], dynamic: Any, keys: Any) -> Any:
             together = (*given, *rest)
-            arrays = tuple(together[place] for place in places)
+            arrays = self._merge(together)
             if self._mesh is not None and sharding.is_explicit(self._mesh):
                 arrays = _resharded(arrays, self._slots or ())
                 dynamic = _resharded(dynamic, self._inputs or (None,) * len(dynamic))
@@ -74,7 +74,7 @@ class Call:
             more = set(new or ()) - set(self._changed)
             if more:
                 raise _MoreChanged(dict.fromkeys(more))
-            return output, {slot: (new or {}).get(slot, arrays[slot]) for slot in self._changed}
+            return output, tuple((new or {}).get(slot, arrays[slot]) for slot in self._changed)
 
         options: dict[str, Any] = {"donate_argnums": 0} if self._donate else {}
         if self._slots is not None:
@@ -83,29 +83,28 @@ class Call:
             if inputs is None or all(each is None for each in inputs):
                 inputs = None
             options["in_shardings"] = (self._take(slots), self._leave(slots), inputs, None)
-            options["out_shardings"] = (None, {slot: slots[slot] for slot in self._changed})
+            options["out_shardings"] = (None, self._take(slots))
         self._jitted = jax.jit(outer, **options)
 
     def __call__(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
-        """The output, and the slots that changed by number."""
+        """The output, and the slots afterwards: the very tuple where none changes."""
+        rest = self._leave(arrays)
         try:
-            return self._jitted(self._take(arrays), self._leave(arrays), dynamic, keys)
+            output, changed = self._jitted(self._take(arrays), rest, dynamic, keys)
         except _MoreChanged as more:  # other shapes than before
             self._arrange(more.slots)
             return self(arrays, dynamic, keys)
         except ValueError:
-            if self._slots is None:
-                raise
             placed = self._placed(arrays, dynamic, keys)
             if placed is None:
                 raise
-            arrays, dynamic, keys = placed
-        return self._jitted(self._take(arrays), self._leave(arrays), dynamic, keys)
+            return self(*placed)
+        return output, self._merge((*changed, *rest)) if changed else arrays
 
     def _placed(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
         """What was passed, moved to where it belongs; None when all of it lay right."""
-        assert self._slots is not None
-        assert self._mesh is not None
+        if self._slots is None or self._mesh is None:
+            return None
         wanted = self._inputs or (None,) * len(dynamic)
         for value, where in zip(dynamic, wanted, strict=True):
             if where is not None:
@@ -121,6 +120,31 @@ class Call:
         return self._jitted.lower(self._take(arrays), self._leave(arrays), dynamic, keys)
 
 
+class PlainCall:
+    """The same with neither donation nor shardings: only what changes is an output.
+
+    Args:
+        traced: the call.
+    """
+
+    def __init__(self, traced: Traced) -> None:
+        self._jitted = jax.jit(traced)
+
+    def __call__(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+        """See `Call`."""
+        output, changed = self._jitted(arrays, dynamic, keys)
+        if not changed:
+            return output, arrays
+        after = list(arrays)
+        for slot, value in changed.items():
+            after[slot] = value
+        return output, tuple(after)
+
+    def lower(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+        """See `Call`."""
+        return self._jitted.lower(arrays, dynamic, keys)
+
+
 def changes(old: Sequence[Any], new: Sequence[Any]) -> dict[int, Any]:
     """The values that are not the very objects they were, by position."""
     return {
@@ -128,14 +152,6 @@ def changes(old: Sequence[Any], new: Sequence[Any]) -> dict[int, Any]:
         for position, (before, after) in enumerate(zip(old, new, strict=True))
         if after is not before
     }
-
-
-def replaced(stored: tuple[Any, ...], changed: Mapping[int, Any]) -> tuple[Any, ...]:
-    """What is stored after a call, from what was and what the call changed."""
-    after = list(stored)
-    for position, value in changed.items():
-        after[position] = value
-    return tuple(after)
 
 
 class _MoreChanged(Exception):

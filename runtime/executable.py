@@ -15,7 +15,7 @@ from linsey import _trees
 from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, decode, describe, slot_index
 from linsey.runtime import gradients, sharding
-from linsey.runtime.call import Call, changes, replaced
+from linsey.runtime.call import Call, PlainCall, changes
 from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
 from linsey.runtime.packing import PackedValues, Packing, packed, packing_of
 from linsey.runtime.training import TrainStep
@@ -234,8 +234,8 @@ class Executable:
         if compiled is None:
             compiled = self._compile(args, kwargs, stored, keys)
             self._compiled[signature] = compiled
-        output, changed = compiled(stored, dynamic, keys)
-        return output, self._values(replaced(stored, changed)) if changed else values
+        output, after = compiled(stored, dynamic, keys)
+        return output, values if after is stored else self._values(after)
 
     def _compile(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], stored: tuple[Any, ...], keys: Any
@@ -251,7 +251,7 @@ class Executable:
             return output, self._packing.repack(changed, arrays) if changed else None
 
         if self.mesh is None and not self._donate:
-            return jax.jit(traced)
+            return PlainCall(traced)
         return Call(
             traced,
             stored,

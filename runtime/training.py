@@ -11,7 +11,7 @@ import optax
 from linsey import _trees
 from linsey.ir import EmitError, Values, ValuesError
 from linsey.runtime import gradients
-from linsey.runtime.call import Call, changes, replaced
+from linsey.runtime.call import Call, changes
 from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
 from linsey.runtime.optimizer_state import init_optimizer, state_shardings
 from linsey.runtime.packing import Packing, packing_of
@@ -150,8 +150,8 @@ class TrainStep:
         call = self._calls.get(signature)
         if call is None:
             call = self._calls[signature] = self._compile(batch, kwargs, state, keys)
-        result, changed = call(stored, dynamic, keys)
-        return TrainState.of_stored(state.form, replaced(stored, changed)), result
+        result, after = call(stored, dynamic, keys)
+        return TrainState.of_stored(state.form, after), result
 
     def lower(self, state: TrainState, /, *batch: Any, rngs: Any = None, **kwargs: Any) -> Any:
         """The step, lowered and not compiled: a `jax.stages.Lowered`.

@@ -544,3 +544,22 @@ def test_help_and_version():
     assert "--json prints one object" in output
     assert "bytes         whole (unsharded), per_device" in run("plan", "--help").output
     assert linsey.__version__ in run("--version").output
+
+
+def test_a_plan_lowers_with_its_mesh_around(tmp_path: Path) -> None:
+    (tmp_path / "constrained.py").write_text(
+        """
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec as P
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jax.lax.with_sharding_constraint(nn.Dense(4)(x), P("data"))
+""",
+        encoding="utf-8",
+    )
+    arguments = ["constrained:Model", "--input", "f32[8,2]"]
+    assert CliRunner().invoke(main, ["plan", *arguments, "--mesh", "data=4"]).exit_code == 0

@@ -166,7 +166,7 @@ def plan(
         _fake_devices(math.prod(mesh.values()))
     given = [*rules, *(_rules_of(rules_from) if rules_from else ())] or None
     optimizer = _made(optimizer_from) if optimizer_from else None
-    program, call = _lowered(target, args, keywords, method)
+    program, call = _lowered(target, args, keywords, method, mesh)
     made = _options.guarded(
         lambda: plan_graph(program.graph, mesh, given, optimizer=optimizer), "planning"
     )
@@ -257,11 +257,16 @@ def _compiled(
 
 
 def _lowered(
-    target: str, args: list[TensorType], keywords: dict[str, Any], method: str | None
+    target: str,
+    args: list[TensorType],
+    keywords: dict[str, Any],
+    method: str | None,
+    mesh: dict[str, int] | None = None,
 ) -> tuple[linsey.Program, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The program of a target, and the sample inputs that it was lowered with."""
+    """The program of a target, lowered with a mesh around or none, and its sample inputs."""
     import jax
     from flax import linen
+    from jax.sharding import AbstractMesh, AxisType
 
     def abstract(kind: TensorType) -> Any:
         dtype = jax.numpy.dtype(kind.dtype)
@@ -281,9 +286,16 @@ def _lowered(
         name: abstract(value) if isinstance(value, TensorType) else value
         for name, value in keywords.items()
     }
-    program = _options.guarded(
-        lambda: linsey.lower(made(), *given, method=method, **named), f"lowering {target}"
-    )
+    around: Any = contextlib.nullcontext()
+    if mesh is not None:  # for constraints of the model that need one
+        axes = (AxisType.Auto,) * len(mesh)
+        around = jax.sharding.use_abstract_mesh(
+            AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=axes)
+        )
+    with around:
+        program = _options.guarded(
+            lambda: linsey.lower(made(), *given, method=method, **named), f"lowering {target}"
+        )
     return program, (given, named)
 
 
