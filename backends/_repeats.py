@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
-from linsey.ir import Graph, Node, Slot, Stream
-from linsey.ir.analysis import moved, renumber
+from linsey.ir import Graph, Node, Slot, Stream, moved, renumber
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import jax
 from flax import errors, nnx
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from linsey import _trees
@@ -80,6 +82,7 @@ class Executable:
         self._rules = sharding.rules_in_force(rules)
         self._inputs = read_inputs(in_shardings, mesh)
         self._packing = self._packing_of(graph) if pack else None
+        self._unpacked: Executable | None = None
         self.method = method
         self._init = init
         self._index = slot_index(graph)
@@ -109,9 +112,10 @@ class Executable:
         """The same without packing."""
         if not self.packs:
             return self
-        twin = copy.copy(self)
-        twin._packing, twin._compiled = None, {}
-        return twin
+        if self._unpacked is None:
+            self._unpacked = copy.copy(self)
+            self._unpacked._packing, self._unpacked._compiled = None, {}
+        return self._unpacked
 
     def init(self, rngs: Any = None) -> Values:
         """Concrete values, initialised under jit.
@@ -227,6 +231,8 @@ class Executable:
             EmitError: a PRNG stream is missing.
         """
         self.check_values(values)
+        if self.packs and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
+            return self._call_in_trace(values, args, kwargs, rngs)
         # What follows is paid at every call.
         signature, dynamic = signature_of(args, kwargs)
         keys, stored = keys_of(rngs), self._stored(values)
@@ -237,19 +243,29 @@ class Executable:
         output, after = compiled(stored, dynamic, keys)
         return output, values if after is stored else self._values(after)
 
+    def _call_in_trace(
+        self, values: Values, args: tuple[Any, ...], kwargs: dict[str, Any], rngs: Any
+    ) -> tuple[Any, Values]:
+        """A call of a packed program inside a trace of the user's: there is no boundary to pass."""
+        plain = Values(self._index, values.arrays)
+        output, after = self.unpacked(plain, *args, rngs=rngs, **kwargs)
+        if after is plain or not isinstance(values, PackedValues):
+            return output, values if after is plain else after
+        changed = values.packing.repack(changes(plain.arrays, after.arrays), plain.arrays)
+        stored = tuple(changed.get(at, old) for at, old in enumerate(values.stored))
+        return output, PackedValues(self._index, values.packing, stored)
+
     def _compile(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], stored: tuple[Any, ...], keys: Any
     ) -> Any:
         arguments = _trees.Arguments.split(args, kwargs)
 
-        def traced(stored: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+        def traced(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
             args, kwargs = arguments.merge(dynamic)
-            if self._packing is None:
-                return self._traced(stored, args, kwargs, keys)
-            arrays = self._packing.unpack(stored)
-            output, changed = self._traced(arrays, args, kwargs, keys)
-            return output, self._packing.repack(changed, arrays) if changed else None
+            return self._traced(arrays, args, kwargs, keys)
 
+        if self._packing is not None:
+            traced = partial(self._packing.call, traced)
         if self.mesh is None and not self._donate:
             return PlainCall(traced)
         return Call(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,15 +114,67 @@ class Packing:
             _apart([_split(arrays[part.slot], part) for part in buffer]), axis=-1
         )
 
+    def call(
+        self,
+        run: Callable[..., tuple[Any, dict[int, Any] | None]],
+        stored: tuple[Any, ...],
+        *operands: Any,
+    ) -> tuple[Any, dict[int, Any] | None]:
+        """Runs a traced call of slots on what is stored.
+
+        It becomes a computation of its own, which XLA compiles as it does that of separate arrays,
+        to the last bit. Else loops that update slots would be made in another way, and round in
+        other places.
+
+        Args:
+            run: ``run(arrays, *operands)`` gives the result and the slots that change.
+            stored: what `pack` gave.
+            operands: further operands, pytrees of arrays.
+
+        Returns:
+            The result, and what is stored anew by position, or None.
+        """
+        arrays = self.unpack(stored)
+        slots: list[int] = []
+
+        def apart(arrays: tuple[Any, ...], operands: tuple[Any, ...]) -> Any:
+            result, changed = run(arrays, *operands)
+            slots[:] = changed or ()
+            return result, tuple((changed or {}).values())
+
+        traced = cast(Any, jax.jit(apart, inline=True))  # its eval_shape is not annotated
+        shapes = traced.eval_shape(arrays, operands)
+        if any(_is_key(leaf) for leaf in jax.tree.leaves(shapes)):
+            result, new = traced(arrays, operands)  # a key has no value that stands for none
+        else:
+            result, new = jax.lax.cond(
+                _true(stored),
+                traced,
+                lambda *_: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+                arrays,
+                operands,
+            )
+        changed = dict(zip(slots, new, strict=True))
+        return result, self.repack(changed, arrays) if changed else None
+
 
 def _apart(arrays: Sequence[Any]) -> tuple[Any, ...]:
-    """The arrays, which XLA may not compute in one loop with what is before or behind.
-
-    So the program between unpacking and packing is that of separate arrays, to the last bit, and
-    XLA does not spend minutes on a loop over hundreds of slots.
-    """
+    """The arrays, which XLA may not compute in one loop with what is before or behind."""
     barrier: Any = jax.lax.optimization_barrier  # not annotated
     return tuple(barrier(tuple(arrays)))
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _true(stored: tuple[Any, ...]) -> Any:
+    """True, which XLA does not know: a condition that it knows makes no computation of its own."""
+    floats = [value for value in stored if jnp.issubdtype(value.dtype, jnp.floating)]
+    if not floats:
+        return True
+    probe = jnp.ravel(floats[-1])[0]
+    return (probe == probe) | (probe != probe)
 
 
 def _split(value: Any, part: _Part) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -199,17 +200,15 @@ class TrainStep:
         packing, where = state.form.packing, self.shardings(state)
         plain = Form(state.form.index, state.form.structure)
 
-        def traced(stored: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
-            arrays = stored if packing is None else packing.unpack(stored)
+        def run(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
             before = TrainState.of_stored(plain, arrays)
             after, result = self._traced(arguments, before, dynamic, keys)
-            changed = changes(arrays, after.arrays)
-            return result, changed if packing is None else packing.repack(changed, arrays)
+            return result, changes(arrays, after.arrays)
 
         if where is not None:
             slots = where.stored if packing is None else packing.shardings
         return Call(
-            traced,
+            run if packing is None else functools.partial(packing.call, run),
             state.stored,
             arguments.dynamic,
             keys,

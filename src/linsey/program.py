@@ -114,8 +114,7 @@ class Program:
                 a tuple by position, or a dict by position and keyword. None: as they come.
             pack: whether slots of at most 64 KiB and of one collection, dtype and sharding share a
                 buffer, which `init` and each call then give back. It makes calls of models with
-                hundreds of small slots faster and changes no number of theirs; in train steps, XLA
-                may move a last bit of the optimizer's state. Mesh axes must be Auto.
+                hundreds of small slots faster, and changes no number. Mesh axes must be Auto.
             share_traces: whether calls of layers of equal structure (the blocks of an unrolled
                 transformer) are traced once and not each by itself. It makes tracing several times
                 faster and changes no number. Python code in such a layer runs once per trace.
