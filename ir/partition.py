@@ -86,7 +86,7 @@ def place(slot: Slot, rules: Rules | None, mesh_axes: tuple[str, ...] | None = N
         PartitionError: a name stands at two axes of the slot.
 
     Example:
-        >>> from linsey.ir import Const
+        >>> from linsey.ir import Const, Partition
         >>> partition = Partition(axes=("embed", "mlp"), logical=True, spec=Const(None))
         >>> kind = TensorType(shape=(4, 8), dtype="float32")
         >>> slot = Slot(collection="params", paths=(("w",),), type=kind, partition=partition)
