@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from linsey import _trees
 from linsey.ir import EmitError, Graph, TensorType, Values, ValuesError, ValueType, slot_index
+from linsey.runtime import sharding
 
 if TYPE_CHECKING:  # which offers these functions as methods
     from linsey.runtime.executable import Executable
@@ -290,7 +290,7 @@ def kept(params: Values, shardings: Values | None) -> Values:
     """
     if shardings is None or not shardings.arrays:
         return params
-    if AxisType.Explicit in shardings.arrays[0].mesh.axis_types:
+    if sharding.is_explicit(shardings.arrays[0].mesh):
         return params
     constrain: Any = jax.lax.with_sharding_constraint  # it is not annotated
     held = (constrain(array, shardings[key]) for key, array in params.items())

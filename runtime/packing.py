@@ -170,7 +170,8 @@ def _is_key(leaf: Any) -> bool:
 
 def _true(stored: tuple[Any, ...]) -> Any:
     """True, which XLA does not know: a condition that it knows makes no computation of its own."""
-    floats = [value for value in stored if jnp.issubdtype(value.dtype, jnp.floating)]
+    leaves = map(jnp.asarray, jax.tree.leaves(stored))
+    floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size]
     if not floats:
         return True
     probe = jnp.ravel(floats[-1])[0]
@@ -303,14 +304,14 @@ class PackedValues(Values):
 
 def packed(packing: Packing, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     """What is stored, for values of any kind: concrete, traced or abstract."""
-    if any(isinstance(value, jax.ShapeDtypeStruct) for value in arrays):
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(arrays)):
         return jax.eval_shape(packing.pack, arrays)  # type: ignore[no-any-return]
     return packing.pack_now(arrays)  # type: ignore[no-any-return]
 
 
 def unpacked(packing: Packing, stored: tuple[Any, ...]) -> tuple[Any, ...]:
     """A value per slot, for what is stored of any kind."""
-    if any(isinstance(value, jax.ShapeDtypeStruct) for value in stored):
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(stored)):
         return jax.eval_shape(packing.unpack, stored)  # type: ignore[no-any-return]
     return packing.unpack_now(stored)  # type: ignore[no-any-return]
 

@@ -258,7 +258,7 @@ class TrainStep:
                 self.exe, self._loss, self._wanted, values, args, kwargs, keys
             )
 
-        if not self._splits:
+        if self._count == 1 and not self._stacked:
             return run(values, dynamic, keys)
         return gradients.accumulate(
             run,
@@ -272,14 +272,10 @@ class TrainStep:
             shardings=self.exe.shardings,
         )
 
-    @property
-    def _splits(self) -> bool:
-        return self._count > 1 or self._stacked
-
     def _called(
         self, arguments: _trees.Arguments, values: Values, dynamic: tuple[Any, ...], keys: Any
     ) -> tuple[int, ...]:
-        """The slots that the calls of the loss function change.
+        """The slots that the loss function changes on a micro-batch.
 
         The model is traced for it, and not again for the gradients: jax has the trace by then.
         """
@@ -287,12 +283,9 @@ class TrainStep:
         def forward(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
             # Types tell of the mesh that they were made under: as for the gradients, all of it.
             with self.exe.around():
-                if self._splits:
-                    stacks = gradients.split(dynamic, self._count, self._stacked)
-                    dynamic = gradients.micro_batch(
-                        dynamic, [s if s is None else s[0] for s in stacks]
-                    )
-                    keys = gradients.micro_keys(keys, 0)
+                stacks = gradients.split(dynamic, self._count, self._stacked)
+                dynamic = gradients.micro_batch(dynamic, [s if s is None else s[0] for s in stacks])
+                keys = gradients.micro_keys(keys, 0)
                 args, kwargs = arguments.merge(dynamic)
                 model = gradients.BoundExecutable(self.exe, Values(values.index, arrays), keys)
                 gradients.scalar_loss(self._loss, model, *args, **kwargs)

@@ -111,3 +111,27 @@ def test_values_that_are_not_numbers_do_not_stop_a_step() -> None:
     assert np.isnan(y).all()
     mean = after["batch_stats/BatchNorm_0/mean"]
     assert np.isnan(mean).all()
+
+
+class Quantised(nn.Module):
+    """Slots that cannot be packed: a pytree, an empty array, whole numbers."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        made = {"q": jnp.ones((3, 2), jnp.int8), "scale": jnp.full((2,), 0.5)}
+        tree = self.variable("quantised", "kernel", lambda: made)
+        empty = self.variable("quantised", "rest", lambda: jnp.zeros((0,)))
+        counts = [self.variable("counts", f"n_{i}", jnp.zeros, (), jnp.int32) for i in range(2)]
+        if not self.is_initializing():
+            for count in counts:
+                count.value += 1
+        return x @ tree.value["q"] * tree.value["scale"] + empty.value.sum()
+
+
+def test_slots_that_are_not_packed() -> None:
+    program = linsey.lower(Quantised(), X)
+    plain, packed = program.compile(), program.compile(pack=True)
+    y, values = plain(plain.init(0), X)
+    z, stored = packed(packed.init(0), X)
+    assert_same(z, y)
+    assert_same(dict(stored.items()), dict(values.items()))
