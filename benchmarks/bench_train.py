@@ -25,19 +25,24 @@ import linsey
 
 TARGET = 1.1
 SIZES = (4, 64, 256, 1024)
-X = jnp.linspace(-1.0, 1.0, 8)
+WIDTH = 8
+X = jnp.linspace(-1.0, 1.0, WIDTH)
 OPTIMIZER = optax.sgd(1e-3, momentum=0.9)
 
 
+def _identity(key: Any, shape: tuple[int, int]) -> Any:
+    return jnp.eye(*shape)
+
+
 class LinenSlots(nn.Module):
-    """As many vectors as wanted."""
+    """As many small matrices as wanted: XLA compiles a step with 1,024 of them in seconds."""
 
     slots: int
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
         for number in range(self.slots):
-            x = x + self.param(f"w_{number:04}", nn.initializers.ones, (8,))
+            x = x @ self.param(f"w_{number:04}", _identity, (WIDTH, WIDTH))
         return x
 
 
@@ -45,11 +50,11 @@ class NNXSlots(nnx.Module):
     """The same in NNX."""
 
     def __init__(self, slots: int, rngs: Any = None) -> None:
-        self.weights = nnx.List([nnx.Param(jnp.ones((8,))) for _ in range(slots)])
+        self.weights = nnx.List([nnx.Param(jnp.eye(WIDTH)) for _ in range(slots)])
 
     def __call__(self, x: Any) -> Any:
         for weight in self.weights:
-            x = x + weight[...]
+            x = x @ weight[...]
         return x
 
 
@@ -58,14 +63,19 @@ def _loss(y: Any) -> Any:
 
 
 class Stepper:
-    """A step that keeps its state, as a training loop does."""
+    """A step that keeps its state, as a training loop does; `fresh` begins again."""
 
-    def __init__(self, step: Callable[[Any, Any], tuple[Any, Any]], state: Any) -> None:
-        self._step, self._state = step, state
+    def __init__(
+        self, step: Callable[[Any, Any], tuple[Any, Any]], init: Callable[[], Any]
+    ) -> None:
+        self._step, self._init, self._state = step, init, init()
 
     def __call__(self) -> Any:
         self._state, loss = self._step(self._state, X)
         return loss
+
+    def fresh(self) -> Stepper:
+        return Stepper(self._step, self._init)
 
 
 def _plain_step(call: Callable[[Any, Any], Any], params: Any) -> Stepper:
@@ -78,8 +88,11 @@ def _plain_step(call: Callable[[Any, Any], Any], params: Any) -> Stepper:
         updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
-    params = jax.tree.map(jnp.copy, params)
-    return Stepper(step, (params, OPTIMIZER.init(params)))
+    def init() -> Any:
+        own = jax.tree.map(jnp.copy, params)
+        return own, OPTIMIZER.init(own)
+
+    return Stepper(step, init)
 
 
 def _nnx_step(model: Any, *, cached: bool) -> Callable[[], Any]:
@@ -106,7 +119,7 @@ def _train_case(slots: int) -> harness.Case:
 
     def ours(**options: Any) -> Stepper:
         train = program.compile(**options).train(lambda model, x: _loss(model(x)), OPTIMIZER)
-        return Stepper(train, train.init(values=program.values))
+        return Stepper(train, lambda: train.init(values=program.values))
 
     def bare(arrays: tuple[Any, ...], x: Any) -> Any:
         named = {key.split("/")[1]: value for key, value in zip(keys, arrays, strict=True)}
@@ -117,20 +130,22 @@ def _train_case(slots: int) -> harness.Case:
     in_linen = to_linen.init(jax.random.key(0), X)
     rest = {name: tree for name, tree in in_linen.items() if name != "params"}
 
+    one, rival, packed = ours(), _plain_step(bare, flat), ours(pack=True)
+
     def check() -> None:
-        first, second, third = ours(), _plain_step(bare, flat), ours(pack=True)
+        first, second, third = one.fresh(), rival.fresh(), packed.fresh()
         for _ in range(3):
             expected = second()
             harness.assert_equal(first(), expected)
             harness.assert_equal(third(), expected)
 
     return harness.Case(
-        ours=ours(),
-        rival=_plain_step(bare, flat),
+        ours=one,
+        rival=rival,
         check=check,
         target=TARGET,
         others={
-            "pack=True": ours(pack=True),
+            "pack=True": packed,
             "Linen dict": _plain_step(lambda p, x: module.apply(p, x), variables),
             "nnx.jit": _nnx_step(NNXSlots(slots), cached=False),
             "cached_partial": _nnx_step(NNXSlots(slots), cached=True),

@@ -254,15 +254,17 @@ class Graph:
     """Index of the node that is the program."""
     empty: tuple[Path, ...] = ()
     """Paths (collection first) of Linen collections and subtrees that exist and hold nothing."""
-    _hash: list[int] = field(default_factory=list, init=False, compare=False, repr=False)
+    memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What was worked out of this very object once: its hash, the index of its slots."""
 
     def __hash__(self) -> int:
-        if not self._hash:
-            self._hash.append(hash((self.nodes, self.slots, self.streams, self.root, self.empty)))
-        return self._hash[0]
+        if "hash" not in self.memo:
+            own = (self.nodes, self.slots, self.streams, self.root, self.empty)
+            self.memo["hash"] = hash(own)
+        return self.memo["hash"]  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the hash: that of a str differs from process to process.
+        # Without the memo: the hash of a str differs from process to process.
         return _graph, (self.nodes, self.slots, self.streams, self.root, self.empty)
 
     @property

@@ -70,17 +70,18 @@ def _nearest(key: str, keys: tuple[str, ...]) -> str:
 
 
 def slot_index(graph: Graph) -> SlotIndex:
-    """The index of all slots of a graph."""
-    aliases = {
-        format_path((slot.collection, *path)): slot.key
-        for slot in graph.slots
-        for path in slot.paths[1:]
-    }
-    return SlotIndex(
-        tuple(slot.key for slot in graph.slots),
-        tuple(slot.collection for slot in graph.slots),
-        aliases,
-    )
+    """The index of all slots of a graph, the same object each time."""
+    if "index" not in graph.memo:
+        aliases = {
+            format_path((slot.collection, *path)): slot.key
+            for slot in graph.slots
+            for path in slot.paths[1:]
+        }
+        keys = tuple(slot.key for slot in graph.slots)
+        graph.memo["index"] = SlotIndex(
+            keys, tuple(slot.collection for slot in graph.slots), aliases
+        )
+    return graph.memo["index"]  # type: ignore[no-any-return]
 
 
 class Values:

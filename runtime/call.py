@@ -128,21 +128,24 @@ class PlainCall:
     """
 
     def __init__(self, traced: Traced) -> None:
-        self._jitted = jax.jit(traced)
+        self.jitted = jax.jit(traced)
 
     def __call__(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
         """See `Call`."""
-        output, changed = self._jitted(arrays, dynamic, keys)
-        if not changed:
-            return output, arrays
-        after = list(arrays)
-        for slot, value in changed.items():
-            after[slot] = value
-        return output, tuple(after)
+        output, changed = self.jitted(arrays, dynamic, keys)
+        return output, updated(arrays, changed) if changed else arrays
 
     def lower(self, arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
         """See `Call`."""
-        return self._jitted.lower(arrays, dynamic, keys)
+        return self.jitted.lower(arrays, dynamic, keys)
+
+
+def updated(arrays: tuple[Any, ...], changed: Mapping[int, Any]) -> tuple[Any, ...]:
+    """Values with those that changed in their places."""
+    after = list(arrays)
+    for slot, value in changed.items():
+        after[slot] = value
+    return tuple(after)
 
 
 def changes(old: Sequence[Any], new: Sequence[Any]) -> dict[int, Any]:

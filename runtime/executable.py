@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 
 from linsey import _trees
 from linsey.backends import Backend
-from linsey.ir import EmitError, Graph, SlotIndex, Values, ValuesError, decode, describe, slot_index
+from linsey.ir import EmitError, Graph, Values, slot_index
 from linsey.runtime import gradients, sharding
-from linsey.runtime.call import Call, PlainCall, changes
+from linsey.runtime._checks import called_name, check_method, not_ours
+from linsey.runtime.call import Call, PlainCall, changes, updated
 from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
 from linsey.runtime.packing import PackedValues, Packing, packed, packing_of
 from linsey.runtime.training import TrainStep
@@ -73,7 +74,7 @@ class Executable:
         pack: bool = False,
         share_traces: bool = False,
     ) -> None:
-        _check_method(graph, method)
+        check_method(graph, method)
         self.graph = graph
         self.mesh = mesh
         """The mesh, or None."""
@@ -92,6 +93,7 @@ class Executable:
         self._capture = capture
         self._donate = donate
         self._compiled: dict[Any, Any] = {}
+        self._quick: dict[tuple[type, ...], Any] = {}
         self._jitted_init: Any = None
 
     def _packing_of(self, graph: Graph) -> Packing:
@@ -114,7 +116,8 @@ class Executable:
             return self
         if self._unpacked is None:
             self._unpacked = copy.copy(self)
-            self._unpacked._packing, self._unpacked._compiled = None, {}
+            self._unpacked._packing = None
+            self._unpacked._compiled, self._unpacked._quick = {}, {}
         return self._unpacked
 
     def init(self, rngs: Any = None) -> Values:
@@ -209,7 +212,7 @@ class Executable:
         """
         index = values.index if isinstance(values, Values) else values
         if index is not self._index and index != self._index:
-            raise _not_ours(index, self._index)
+            raise not_ours(index, self._index)
 
     def __call__(
         self, values: Values, /, *args: Any, rngs: Any = None, **kwargs: Any
@@ -230,16 +233,23 @@ class Executable:
             ValuesError: the values are not those of this program.
             EmitError: a PRNG stream is missing.
         """
+        # The plainest call comes first and calls as little as it can: this is paid every time.
+        if rngs is None and not kwargs and type(values) is Values and values.index is self._index:
+            quick = self._quick.get(tuple(map(type, args)))
+            if quick is not None:
+                output, changed = quick(values.arrays, args, None)
+                return output, self._values(updated(values.arrays, changed)) if changed else values
         self.check_values(values)
         if self.packs and any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
             return self._call_in_trace(values, args, kwargs, rngs)
-        # What follows is paid at every call.
         signature, dynamic = signature_of(args, kwargs)
         keys, stored = keys_of(rngs), self._stored(values)
         compiled = self._compiled.get(signature)
         if compiled is None:
             compiled = self._compile(args, kwargs, stored, keys)
             self._compiled[signature] = compiled
+        if isinstance(compiled, PlainCall) and not self.packs and signature == len(args):
+            self._quick[tuple(map(type, args))] = compiled.jitted
         output, after = compiled(stored, dynamic, keys)
         return output, values if after is stored else self._values(after)
 
@@ -294,7 +304,7 @@ class Executable:
             # What a wrong call raises; the cause keeps the source's own error.
             raise EmitError(
                 f"the call raised {type(error).__name__}: {error}",
-                path=_name(self.graph, self.method),
+                path=called_name(self.graph, self.method),
                 fix="Call it with the arguments, shapes and method that the source itself takes.",
             ) from error
         changed = changes(arrays, called.arrays) or None
@@ -306,17 +316,19 @@ class Executable:
     def value_and_grad(
         self, loss: Callable[..., Any], *, wrt: gradients.Wanted = "params"
     ) -> Callable[..., Any]:
-        """The value of a loss function and its gradients; see `linsey.runtime.gradients`.
+        """The loss, its gradients and the values afterwards; for use inside a jit of one's own.
 
         Args:
-            loss: ``loss(model, *batch)`` gives a scalar, or a pair of it and anything else;
-                ``model(...)`` calls the program.
-            wrt: the slots to differentiate: a collection, a predicate on names, or a tuple of
+            loss: a function ``loss(model, *batch)`` that calls ``model`` as the program is called
+                (see `linsey.runtime.gradients.BoundExecutable`) and gives one real number, or the
+                pair of it and anything.
+            wrt: the slots to differentiate by: a collection, a predicate on names, or a tuple of
                 these.
 
         Returns:
-            A function ``(values, *batch, rngs=None) -> ((loss, aux), gradients, values)``, for use
-            inside a jit; ``aux`` is None where ``loss`` gives a scalar alone.
+            A function ``f(values, *batch, rngs=None, **kwargs)`` that gives ``((loss, aux),
+            gradients, values)``: ``aux`` is None where the loss function gave none, the gradients
+            are `Values` of the slots ``wrt``, the values hold what the calls changed.
 
         Raises:
             ValuesError: ``wrt`` selects nothing, or a slot that has no gradient.
@@ -394,33 +406,6 @@ class Executable:
         return self._compile(args, kwargs, stored, keys).lower(stored, dynamic, keys)
 
 
-def _check_method(graph: Graph, method: Any) -> None:
-    """Refuses a method that the root cannot have.
-
-    Raises:
-        EmitError: it is neither callable nor the name of a method or (in Linen) of a submodule.
-    """
-    root = graph.nodes[graph.root]
-    if method is None or callable(method) or root.source is None:
-        return
-    cls = decode(root.source.cls)
-    if not isinstance(method, str) or not (
-        callable(getattr(cls, method, None)) or method in dict(root.children)
-    ):
-        raise EmitError(
-            f"{describe(root.source.cls)} has no method {method!r}",
-            path=describe(root.source.cls),
-            fix="Pass the name of a method, or a function of the module.",
-        )
-
-
-def _name(graph: Graph, method: Any) -> str:
-    source = graph.nodes[graph.root].source
-    cls = "root" if source is None else describe(source.cls)
-    called = method if isinstance(method, str) else getattr(method, "__name__", "__call__")
-    return f"{cls}.{called}"
-
-
 def _seed(rngs: Any) -> Any:
     """What the source's init takes, as a pytree of arrays: its streams are told by its form."""
     if isinstance(rngs, int) and not isinstance(rngs, bool):
@@ -438,22 +423,3 @@ def _with_capture(run: Any, mutable: Any, capture: tuple[str, ...]) -> Any:
         return mutable
     names = [mutable] if isinstance(mutable, str) else list(mutable or ())
     return [*names, *(name for name in capture if name not in names)]
-
-
-def _not_ours(found: object, expected: SlotIndex) -> ValuesError:
-    if not isinstance(found, SlotIndex):
-        return ValuesError(
-            f"found {type(found).__name__}, expected linsey.Values",
-            path="values",
-            fix="Pass what exe.init, program.values or an earlier call gave; for Linen variables:"
-            " linsey.lower(..., variables=variables).values.",
-        )
-    missing = [key for key in expected.keys if key not in found.positions]
-    extra = [key for key in found.keys if key not in expected.positions]
-    first = (missing or extra or list(found.keys))[0]
-    return ValuesError(
-        f"the values are not those of this program: {len(missing)} slots are missing and"
-        f" {len(extra)} are unknown",
-        path=first,
-        fix="Pass what exe.init, program.values or an earlier call gave, whole.",
-    )

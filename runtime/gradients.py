@@ -117,32 +117,7 @@ def _no_loss(found: str) -> EmitError:
 
 
 def value_and_grad(exe: Executable, loss: Callable[..., Any], *, wrt: Wanted = "params") -> Any:
-    """The loss, its gradients and the values afterwards; for use inside a jit of one's own.
-
-    Args:
-        exe: the program.
-        loss: a function ``loss(model, *batch)`` that calls ``model`` as the program is called (see
-            `BoundExecutable`) and gives one real number, or the pair of it and anything.
-        wrt: the slots to differentiate by: a collection, a predicate on names, or a tuple of these.
-
-    Returns:
-        A function ``f(values, *batch, rngs=None, **kwargs)`` that gives ``((loss, aux), gradients,
-        values)``: ``aux`` is None where the loss function gave none, the gradients are `Values` of
-        the slots ``wrt``, the values hold what the calls changed.
-
-    Raises:
-        ValuesError: ``wrt`` selects nothing, or a slot that has no gradient.
-
-    Example:
-        >>> import jax, linsey
-        >>> from flax import linen as nn
-        >>> x = jax.numpy.ones((2, 3))
-        >>> exe = linsey.lower(nn.Dense(2), x).compile()
-        >>> gradients = jax.jit(value_and_grad(exe, lambda model, x: model(x).sum()))
-        >>> (loss, _), grads, _ = gradients(exe.init(0), x)
-        >>> [(name, grad.shape) for name, grad in grads.items()]
-        [('params/bias', (2,)), ('params/kernel', (3, 2))]
-    """
+    """See `linsey.runtime.Executable.value_and_grad`."""
     wanted = chosen(exe.graph, wrt)
 
     def run(values: Values, /, *batch: Any, rngs: Any = None, **kwargs: Any) -> Any:

@@ -24,12 +24,8 @@ def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any,
     Raises:
         EmitError: a static argument cannot be hashed.
     """
-    if not kwargs:
-        for arg in args:
-            if type(arg) not in _ARRAY_TYPES and not _is_array(arg):
-                break
-        else:
-            return len(args), args
+    if not kwargs and (_ARRAY_TYPES.issuperset(map(type, args)) or all(map(_is_array, args))):
+        return len(args), args
     arguments = _trees.Arguments.split(args, kwargs)
     # With their types: 1, 1.0 and True are three signatures.
     static = tuple((place, type(value), value) for place, value in arguments.static)

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from linsey.ir import Values
+from linsey.runtime.sharding import spec
 
 Shape = tuple[int, ...]
 
@@ -127,8 +128,7 @@ def _without(entries: tuple[Any, ...], axis: int) -> tuple[Any, ...]:
 
 
 def _on(sharding: NamedSharding, entries: tuple[Any, ...]) -> NamedSharding:
-    make: Any = PartitionSpec  # its constructor is not annotated
-    return NamedSharding(sharding.mesh, make(*entries), memory_kind=sharding.memory_kind)
+    return NamedSharding(sharding.mesh, spec(entries), memory_kind=sharding.memory_kind)
 
 
 def init_optimizer(optimizer: Any, params: Values, shardings: Values | None) -> Any:

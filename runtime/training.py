@@ -36,7 +36,7 @@ class TrainStep:
 
     Args:
         exe: the program.
-        loss: as for `linsey.runtime.gradients.value_and_grad`.
+        loss: as for `linsey.runtime.Executable.value_and_grad`.
         optimizer: an optax optimizer. One that takes extra arguments gets ``value`` (the loss) and
             ``grad``.
         wrt: the slots to train: a collection, a predicate on names, or a tuple of these.
@@ -205,8 +205,10 @@ class TrainStep:
             after, result = self._traced(arguments, before, dynamic, keys)
             return result, changes(arrays, after.arrays)
 
-        if where is not None:
-            slots = where.stored if packing is None else packing.shardings
+        if packing is not None:
+            slots = packing.shardings
+        else:
+            slots = None if where is None else where.stored
         return Call(
             run if packing is None else functools.partial(packing.call, run),
             state.stored,
@@ -214,7 +216,7 @@ class TrainStep:
             keys,
             donate=True,
             mesh=self.exe.mesh,
-            slots=None if where is None else slots,
+            slots=slots,
             inputs=input_shardings(self._inputs, arguments, self.exe.mesh),
         )
 

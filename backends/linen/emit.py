@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import linen
 
 from linsey.backends._decode import abstract_value, boxed, emitted_box, linen_module
-from linsey.backends._record import Called, SharedCalls
-from linsey.backends._share import Session, can_share, run
+from linsey.backends._record import Called
+from linsey.backends._runner import SharingRunner
+from linsey.backends._share import Session
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.host import NNXHost
 from linsey.backends.linen.hosting import Hosting
 from linsey.backends.linen.region import Region
 from linsey.backends.linen.share import Blocks
-from linsey.backends.nnx.build import is_hosted
+from linsey.backends.nnx.nodes import is_hosted
 from linsey.ir import Graph, Node, Values, decode
 
 
@@ -48,42 +51,17 @@ def is_linen(node: Node) -> bool:
     return wrapped or is_hosted(node)
 
 
-class LinenRunner:
+class LinenRunner(SharingRunner):
     """Runs a graph whose root is a Linen module."""
 
     def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+        super().__init__(graph)
         self._region = Region(HostSpec(graph, graph.root))
-        self.default_mutable: Any = self._region.mutable
-        self.share_traces = False
-        self.shared = SharedCalls()
-        self._blocks: Blocks | None = None
+        self.default_mutable = self._region.mutable
 
-    def __call__(
-        self,
-        arrays: Sequence[Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        method: Any,
-        rngs: Mapping[str, Any] | None,
-        mutable: Any,
-    ) -> Called:
-        """See `linsey.backends.Runner`."""
-        self.shared = SharedCalls()
-        if not self.share_traces or not can_share(arrays, args, kwargs, rngs):
-            return self._call(arrays, args, kwargs, method, rngs, mutable)
-        if self._blocks is None:
-            self._blocks = Blocks(self._graph)
-        blocks = self._blocks
-
-        def call(session: Session, given: Any) -> Called:
-            arrays, (args, kwargs, rngs) = given
-            with blocks.calls(session):
-                return self._call(arrays, args, kwargs, method, rngs, mutable)
-
-        called, self.shared = run(call, arrays, (args, dict(kwargs), rngs))
-        return called
+    @functools.cached_property
+    def _blocks(self) -> Blocks:
+        return Blocks(self._graph)
 
     def _call(
         self,
@@ -93,12 +71,14 @@ class LinenRunner:
         method: Any,
         rngs: Mapping[str, Any] | None,
         mutable: Any,
+        session: Session | None,
     ) -> Called:
         slots = self._graph.slots
         variables = self._region.assemble(lambda slot: boxed(slots[slot], arrays[slot]))
-        output, updates = self._region.call(
-            variables, args, kwargs, method=method, rngs=rngs, mutable=mutable
-        )
+        with contextlib.nullcontext() if session is None else self._blocks.calls(session):
+            output, updates = self._region.call(
+                variables, args, kwargs, method=method, rngs=rngs, mutable=mutable
+            )
         found, rest = self._region.find(updates)
         after = list(arrays)
         for slot, value in found:

@@ -15,8 +15,10 @@ from linsey._collections import unboxed
 from linsey._places import stored_path
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.detached import Detached
-from linsey.backends.nnx.build import Plan, value_at, wrapper_slots
+from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state, override_streams
+from linsey.backends.nnx.nodes import wrapper_slots
+from linsey.backends.nnx.objects import value_at
 from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
 from linsey.ir.reserved import GRAPH_COLLECTION
 

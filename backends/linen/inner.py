@@ -17,7 +17,9 @@ from flax.nnx import bridge
 from linsey import _trees
 from linsey.backends import _private
 from linsey.backends.linen.hosting import MISSING, value_in
-from linsey.backends.nnx.build import Plan, rebuild, value_at, wrapper_slots
+from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.nodes import wrapper_slots
+from linsey.backends.nnx.objects import rebuild, value_at
 from linsey.ir import RNG_COLLECTIONS, EmitError, Graph, Path, format_path
 
 

@@ -20,7 +20,7 @@ from linsey.backends import _private
 from linsey.backends._decode import linen_module
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.inner import Inner
-from linsey.backends.nnx.build import graphdef_of
+from linsey.backends.nnx.nodes import graphdef_of
 from linsey.ir import EmitError, Path
 from linsey.ir.reserved import GRAPH_COLLECTION
 

@@ -16,6 +16,7 @@ from linsey._places import layout, linen_slots, real_keys
 from linsey.backends import _private
 from linsey.backends._decode import kind_of, linen_module, metadata_of
 from linsey.backends._spec import HostSpec
+from linsey.backends.nnx.nodes import is_hosted
 from linsey.ir import (
     EmitError,
     Graph,
@@ -29,7 +30,7 @@ from linsey.ir import (
 from linsey.ir import (
     Sequence as SequenceAttr,
 )
-from linsey.ir.reserved import GRAPHDEF, KEYS, NAMES, NODES, STATE, TREE
+from linsey.ir.reserved import KEYS, NAMES, NODES, STATE, TREE
 
 # A call may add Variables (sow does); these two attributes keep track of that.
 _BOOKKEEPING = frozenset({NODES, STATE})
@@ -345,39 +346,9 @@ class Plan:
             out[slot] = holder.get_raw_value()
 
 
-def is_hosted(node: Node) -> bool:
-    """Whether a node is Linen code that no wrapper of the source holds: it becomes a LinenHost."""
-    if node.source is not None and node.source.dialect != "linen":
-        return False
-    return node.wrapper is None or hasattr(decode(node.wrapper.cls), "linsey_parts")
-
-
-def wrapper_slots(graph: Graph) -> set[int]:
-    """The slots that ToNNX wrappers hold themselves: their PRNG state."""
-    return {
-        slot
-        for node in graph.nodes
-        if node.wrapper is not None and node.source is not None and node.source.dialect == "linen"
-        for _, child in node.wrapper.children
-        for slot in slots_below(graph, child)
-    }
-
-
 def _leaves(value: Any) -> int:
     """How many leaves nested dicts have."""
     return sum(map(_leaves, value.values())) if isinstance(value, Mapping) else 1
-
-
-def value_at(obj: Any, path: Path) -> Any:
-    """What stands at an attribute path of NNX objects.
-
-    Raises:
-        AttributeError, KeyError, IndexError: nothing does.
-    """
-    for name in path:
-        is_item = isinstance(obj, list | tuple | Mapping | nnx.List | nnx.Dict)
-        obj = obj[name] if is_item else getattr(obj, str(name))
-    return obj
 
 
 def _order(key: Any) -> tuple[int, Any]:
@@ -400,65 +371,3 @@ def _changed(path: Path, what: str) -> EmitError:
         path=format_path(path),
         fix="Keep what a call changes in Variables; change structure outside of compiled calls.",
     )
-
-
-def graphdef_of(node: Node) -> Any:
-    """The graphdef that Linen variables hold for a node, if they do."""
-    attrs = () if node.wrapper is None else node.wrapper.attrs
-    value = next((value for name, value in attrs if name == GRAPHDEF), None)
-    return None if value is None else decode(value)
-
-
-def slots_below(graph: Graph, root: int) -> list[int]:
-    """The slots of a node and all below it, wrappers included, each once."""
-    found: dict[int, None] = {}
-    seen: set[int] = set()
-    todo = [root]
-    while todo:
-        number = todo.pop()
-        if number not in seen:
-            seen.add(number)
-            node = graph.nodes[number]
-            found.update(dict.fromkeys(slot for _, slot in node.slots))
-            todo.extend(child for _, child in node.children)
-            if node.wrapper is not None:
-                found.update(dict.fromkeys(slot for _, slot in node.wrapper.slots))
-                todo.extend(child for _, child in node.wrapper.children)
-    return list(found)
-
-
-def rebuild(module: Any, values: Mapping[Path, Any]) -> Any:
-    """A copy of NNX objects with other values in some of their Variables.
-
-    Args:
-        module: the objects.
-        values: raw values by path; a Variable whose path is not here is shared with `module`.
-    """
-    made: dict[int, Any] = {}
-
-    def copy(obj: Any, path: Path) -> Any:
-        if id(obj) in made:
-            return made[id(obj)]
-        if isinstance(obj, nnx.Variable):
-            if path not in values:
-                return obj
-            made[id(obj)] = type(obj).from_metadata(values[path], obj.get_metadata())
-            return made[id(obj)]
-        if type(obj) is _private.PytreeState:
-            return _private.PytreeState(obj.initializing, obj.is_setup)
-        impl = _private.get_node_impl(obj)
-        if impl is None:
-            return obj
-        if not isinstance(impl, _private.GraphNodeImpl):
-            items: Any
-            items, metadata = impl.flatten(obj)
-            parts = [(name, copy(value, (*path, name))) for name, value in items]
-            return impl.unflatten(parts, metadata)
-        new: Any = object.__new__(type(obj))
-        made[id(obj)] = new
-        for name, value in vars(obj).items():
-            has_ints = bool(obj._pytree__has_int_keys) and name.isdigit()
-            vars(new)[name] = copy(value, (*path, int(name) if has_ints else name))
-        return new
-
-    return copy(module, ())

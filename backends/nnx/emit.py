@@ -14,8 +14,9 @@ from flax.nnx import bridge
 
 from linsey._collections import collection_of
 from linsey.backends._decode import abstract_value
-from linsey.backends._record import Called, SharedCalls
-from linsey.backends._share import Session, can_share, run
+from linsey.backends._record import Called
+from linsey.backends._runner import SharingRunner
+from linsey.backends._share import Session
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.share import Blocks
 from linsey.ir import EmitError, Graph, Path, Stream, Values, decode, describe
@@ -137,43 +138,17 @@ def new_state(
     return extra
 
 
-class NNXRunner:
+class NNXRunner(SharingRunner):
     """Runs a graph whose root is an NNX module."""
 
     def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+        super().__init__(graph)
         self._plan = Plan(graph, graph.root)
-        self.default_mutable: Any = None
-        self.share_traces = False
-        self.shared = SharedCalls()
-        self._blocks: Blocks | None = None
         self._known = {path for slot in graph.slots for path in slot.paths}
 
-    def __call__(
-        self,
-        arrays: Sequence[Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        method: Any,
-        rngs: Mapping[str, Any] | None,
-        mutable: Any,
-    ) -> Called:
-        """See `linsey.backends.Runner`."""
-        self.shared = SharedCalls()
-        if not self.share_traces or not can_share(arrays, args, kwargs, rngs):
-            return self._call(arrays, args, kwargs, method, rngs, mutable)
-        if self._blocks is None:
-            self._blocks = Blocks(self._graph, self._plan)
-        blocks = self._blocks
-
-        def call(session: Session, given: Any) -> Called:
-            arrays, (args, kwargs, rngs) = given
-            around = functools.partial(blocks.calls, session)
-            return self._call(arrays, args, kwargs, method, rngs, mutable, around)
-
-        called, self.shared = run(call, arrays, (args, dict(kwargs), rngs))
-        return called
+    @functools.cached_property
+    def _blocks(self) -> Blocks:
+        return Blocks(self._graph, self._plan)
 
     def _call(
         self,
@@ -183,13 +158,13 @@ class NNXRunner:
         method: Any,
         rngs: Mapping[str, Any] | None,
         mutable: Any,
-        around: Callable[[Any], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        session: Session | None,
     ) -> Called:
         given = list(arrays)
         if rngs:
             given = override_streams(self._graph, given, rngs)
         module = self._plan.build(given)
-        with around(module):
+        with contextlib.nullcontext() if session is None else self._blocks.calls(session, module):
             if method is None or isinstance(method, str):
                 output = getattr(module, method or "__call__")(*args, **kwargs)
             else:

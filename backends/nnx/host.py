@@ -13,7 +13,8 @@ from linsey._collections import kind_of_collection, unboxed
 from linsey.backends._decode import boxed
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.region import Region
-from linsey.backends.nnx.build import Plan, value_at
+from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.objects import value_at
 from linsey.ir import EmitError, HostParts, Key, Path, StackAxis, decode, format_path, node_paths
 
 SPEC = "linsey_spec"

@@ -15,7 +15,9 @@ from linsey._places import attribute_paths, real_keys
 from linsey.backends._parts import UnshareableError
 from linsey.backends._repeats import find_repeats
 from linsey.backends._share import Session
-from linsey.backends.nnx.build import Plan, is_hosted, value_at
+from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.nodes import is_hosted
+from linsey.backends.nnx.objects import value_at
 from linsey.ir import Graph, Node, Path
 
 _DECLINED = object()

@@ -187,7 +187,7 @@ def _rest(graph: Graph, chosen: Mapping[int, Slot], values: Values | None) -> di
             what = (
                 "is ephemeral, and no checkpoint holds it"
                 if slot.lifetime == "ephemeral"
-                else ("is not among those restored")
+                else "is not among those restored"
             )
             raise CheckpointError(
                 f"the slot {what}; no value was given for it",
