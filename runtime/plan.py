@@ -9,12 +9,11 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType
 
 from linsey import _trees
 from linsey.backends import abstract_value
 from linsey.ir import (
-    UNCONSTRAINED,
     Axis,
     Graph,
     PartitionError,
@@ -201,11 +200,10 @@ def _optimizer(
     graph: Graph, found: Sequence[Placement], sizes: Mapping[str, int], optimizer: Any, wrt: Wanted
 ) -> Share:
     """The state that an optax transformation keeps, where a train step would put it."""
-    make: Any = AbstractMesh  # neither this constructor nor the next one is annotated
+    make: Any = AbstractMesh  # its constructor is not annotated
     mesh = make(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    spec: Any = PartitionSpec
-    specs = [spec(*(None if a is UNCONSTRAINED else a for a in each.axes)) for each in found]
-    shardings = Values(slot_index(graph), tuple(NamedSharding(mesh, each) for each in specs))
+    lie_on = tuple(sharding.stored(placement, mesh) for placement in found)
+    shardings = Values(slot_index(graph), lie_on)
     params = abstract_values(graph).select(*chosen(graph, wrt))
     state = jax.eval_shape(optimizer.init, params)
     lies = jax.tree.leaves(state_shardings(state, params, shardings))

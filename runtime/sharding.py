@@ -141,19 +141,21 @@ def specs(graph: Graph, mesh: Any = None, rules: Any = None) -> Values:
 def shardings(graph: Graph, mesh: Mesh, rules: Any = None) -> Values:
     """The ``NamedSharding`` of each slot on a mesh.
 
-    Where the annotation leaves an axis to the compiler (``UNCONSTRAINED``) it is replicated: what
-    is stored must lie somewhere.
-
     Raises:
         PartitionError: a slot does not fit.
     """
     found = _fitting(graph, mesh, rules)
-    return Values(
-        slot_index(graph),
-        tuple(
-            NamedSharding(mesh, spec(tuple(None if a is UNCONSTRAINED else a for a in each.axes)))
-            for each in found
-        ),
+    return Values(slot_index(graph), tuple(stored(placement, mesh) for placement in found))
+
+
+def stored(placement: Placement, mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The sharding of what is stored at a placement.
+
+    Where the annotation leaves an axis to the compiler (``UNCONSTRAINED``) it is replicated: what
+    is stored must lie somewhere.
+    """
+    return NamedSharding(
+        mesh, spec(tuple(None if a is UNCONSTRAINED else a for a in placement.axes))
     )
 
 
