@@ -32,12 +32,15 @@ from linsey.ir.attributes import (
 )
 from linsey.ir.canonical import canonical
 from linsey.ir.closures import reference
+from linsey.ir.codec import dumps, left_out, loads
 from linsey.ir.decode import Decoder, decode
 from linsey.ir.encode import Encoder, encode
 from linsey.ir.errors import (
     BridgeError,
     CheckpointError,
     EmitError,
+    FormatError,
+    FormatWarning,
     LinseyError,
     LoweringError,
     PartitionError,
@@ -59,6 +62,7 @@ from linsey.ir.graph import (
     Stream,
     TensorType,
     TreeType,
+    Unknown,
     ValueType,
     Wrapper,
 )
@@ -86,6 +90,8 @@ __all__ = [
     "EmitError",
     "Encoder",
     "EnumValue",
+    "FormatError",
+    "FormatWarning",
     "Graph",
     "Hole",
     "Host",
@@ -115,6 +121,7 @@ __all__ = [
     "Template",
     "TensorType",
     "TreeType",
+    "Unknown",
     "ValueType",
     "Values",
     "ValuesError",
@@ -127,12 +134,15 @@ __all__ = [
     "describe_class",
     "digraph",
     "dominators",
+    "dumps",
     "encode",
     "extract",
     "find_node",
     "format_graph",
     "format_path",
     "is_host",
+    "left_out",
+    "loads",
     "misfits",
     "moved",
     "node_paths",

@@ -67,6 +67,35 @@ class CheckpointError(LinseyError):
     """A checkpoint is missing, incomplete, or does not fit the program."""
 
 
+class FormatError(LinseyError):
+    """A serialised graph or an artefact cannot be written, or cannot be read by this linsey.
+
+    Args:
+        message: what was found against what was expected.
+        path: where: the file.
+        fix: what to do about it, one sentence.
+        version: the version of the format that was found, or None where it is not known.
+        writer: what wrote it, or an empty text.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str = "",
+        fix: str = "",
+        version: tuple[int, int] | None = None,
+        writer: str = "",
+    ) -> None:
+        super().__init__(message, path=path, fix=fix)
+        self.version = version
+        self.writer = writer
+
+
+class FormatWarning(UserWarning):
+    """A file of a newer minor version has fields that this linsey keeps and does not use."""
+
+
 class BridgeError(LinseyError, ValueError):
     """A wrapper of `linsey.bridge` cannot be made, initialised or called as it was."""
 

@@ -241,6 +241,16 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unknown:
+    """What a file of a newer version holds besides the graph."""
+
+    fields: tuple[str, ...]
+    """The fields, as ``Slot.name``, and the tables that this version does not know."""
+    data: bytes
+    """The whole file, which `linsey.ir.dumps` writes again while the graph is the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
     """A whole program's structure."""
 
@@ -254,18 +264,23 @@ class Graph:
     """Index of the node that is the program."""
     empty: tuple[Path, ...] = ()
     """Paths (collection first) of Linen collections and subtrees that exist and hold nothing."""
+    unknown: Unknown | None = None
+    """What was read of a newer version of the format; None but for such files."""
     memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What was worked out of this very object once: its hash, the index of its slots."""
 
     def __hash__(self) -> int:
         if "hash" not in self.memo:
-            own = (self.nodes, self.slots, self.streams, self.root, self.empty)
-            self.memo["hash"] = hash(own)
+            self.memo["hash"] = hash(self._parts)
         return self.memo["hash"]  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the memo: the hash of a str differs from process to process.
-        return _graph, (self.nodes, self.slots, self.streams, self.root, self.empty)
+        return _graph, self._parts
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.nodes, self.slots, self.streams, self.root, self.empty, self.unknown
 
     @property
     def signatures(self) -> tuple[Signature, ...]:
@@ -284,5 +299,6 @@ def _graph(
     streams: tuple[Stream, ...],
     root: int,
     empty: tuple[Path, ...],
+    unknown: Unknown | None,
 ) -> Graph:
-    return Graph(nodes=nodes, slots=slots, streams=streams, root=root, empty=empty)
+    return Graph(nodes=nodes, slots=slots, streams=streams, root=root, empty=empty, unknown=unknown)
