@@ -9,7 +9,7 @@ SOURCES := ir frontends backends runtime src
 # In build/, which also holds the links of the editable install: who removes it gets a new install.
 INSTALLED := build/.installed
 
-.PHONY: demo test lint bench clean FORCE
+.PHONY: demo test lint bench fuzz clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -27,6 +27,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest --benchmark-only benchmarks
+
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/support/fuzzing.py --count 100000
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

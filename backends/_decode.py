@@ -184,8 +184,9 @@ def linen_module(graph: Graph, number: int) -> linen.Module:
             held = node.source if node.source.dialect == "linen" else node.wrapper
             assert held is not None
             attrs = node.attrs if held is node.source else node.wrapper.attrs  # type: ignore[union-attr]
-            fields = {str(key): value(attr) for key, attr in attrs if key != GRAPHDEF}
-            made[index] = value(held.cls)(**fields)
+            cls = value(held.cls)
+            fields = [(str(key), attr) for key, attr in attrs if key != GRAPHDEF]
+            made[index] = cls(**{name: value.field(cls, name, attr) for name, attr in fields})
         return made[index]
 
     value = Decoder(node=module)

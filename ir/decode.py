@@ -27,6 +27,7 @@ from linsey.ir.attributes import (
     Sequence,
     describe,
 )
+from linsey.ir.encode import encode
 from linsey.ir.errors import LinseyError
 
 
@@ -104,13 +105,31 @@ class Decoder:
             fix="Use a function or class that can be imported by name.",
         )
 
+    def field(self, cls: Any, name: str, value: AttrValue) -> Any:
+        """Decodes the value of a class's field.
+
+        A closure that its default is, too (an initialiser), is that very object: a value that was
+        read from bytes knows only the call, and what another call makes is not equal.
+        """
+        if isinstance(value, Call) and value.live is ABSENT and value == _default(cls, name):
+            return cls.__dataclass_fields__[name].default
+        return self(value)
+
     def _instance(self, value: Instance) -> Any:
         if value.share is not None and value.share in self._shared:
             return self._shared[value.share]
-        made = self(value.cls)(**{name: self(item) for name, item in value.fields})
+        cls = self(value.cls)
+        made = cls(**{name: self.field(cls, name, item) for name, item in value.fields})
         if value.share is not None:
             self._shared[value.share] = made
         return made
+
+
+@functools.cache
+def _default(cls: Any, name: str) -> AttrValue | None:
+    """The default of a dataclass's field, as data."""
+    field = getattr(cls, "__dataclass_fields__", {}).get(name)
+    return None if field is None else encode(field.default)
 
 
 _BUILTINS: dict[str, Callable[[Iterable[Any]], Any]] = {

@@ -12,6 +12,7 @@ from calls import split_call
 from compare import assert_same
 from flax import nnx
 from linen_cases import CASES, LinenCase, covered_layers, public_layers
+from stored import assert_comes_back
 
 import linsey
 
@@ -70,6 +71,7 @@ def test_linen_case(prepared: Prepared) -> None:
     module, variables = program.emit("linen")
     assert module == prepared.module
     assert_same(variables, prepared.variables)
+    assert_comes_back(case.name, program, "linen")
 
     # Eager: the emitted NNX module gives Linen's numbers.
     expected, updates = prepared.apply(prepared.variables, *case.args, **case.kwargs)

@@ -11,6 +11,7 @@ from calls import split_call
 from compare import assert_same
 from flax import nnx
 from mixed_cases import CASES, MixedCase
+from stored import assert_comes_back
 
 import linsey
 from linsey.ir import Node
@@ -59,6 +60,7 @@ def test_linen_root(case: MixedCase) -> None:
         emitted, emitted_variables = program.emit("linen")
         assert emitted == module
         assert_same(emitted_variables, variables)
+        assert_comes_back(case.name, program, "linen")
 
         expected, _ = source_apply(case, module, variables, *case.args, **case.kwargs)
         if case.name == "to-linen-subclass-call":
@@ -106,6 +108,7 @@ def test_nnx_root(case: MixedCase) -> None:
         expected_graphdef, expected_state = nnx.split(models[0])
         assert graphdef == expected_graphdef
         assert_same(state, expected_state)
+        assert_comes_back(case.name, program, "nnx")
 
         if "mutable" not in case.kwargs:  # the call's own argument, which Module.apply takes too
             module, variables = program.emit("linen")

@@ -12,6 +12,7 @@ from calls import split_call
 from compare import assert_same
 from flax import nnx
 from nnx_cases import CASES, NNXCase, covered_classes, public_classes
+from stored import assert_comes_back
 
 import linsey
 
@@ -49,6 +50,7 @@ def test_emitting_into_nnx_gives_the_module_back(case: NNXCase) -> None:
         assert_same(state, expected_state)
         assert linsey.lower(nnx.merge(graphdef, state)).graph == program.graph
         assert nnx.graphdef(nnx.merge(graphdef, state)) == expected_graphdef
+        assert_comes_back(case.name, program, "nnx")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""Damaged files: read in numbers, each must give a typed error at once, or a graph.
+
+``python tests/support/fuzzing.py --count 100000`` does it in full.
+"""
+
+import argparse
+import hashlib
+import random
+import resource
+import time
+import warnings
+from dataclasses import dataclass, replace
+
+from linsey.ir import (
+    Const,
+    FormatError,
+    FormatWarning,
+    Graph,
+    Node,
+    Ref,
+    Slot,
+    Source,
+    TensorType,
+    dumps,
+    encode,
+    loads,
+)
+from linsey.ir.codec._columns import MAGIC
+
+HEAD = len(MAGIC) + 32
+DENSE = Source(dialect="linen", cls=Ref(name="flax.linen:Dense"))
+
+
+@dataclass
+class Found:
+    """What became of many files."""
+
+    files: int = 0
+    graphs: int = 0
+    slowest: float = 0.0
+
+
+def small() -> Graph:
+    """One of each, as the golden files hold it."""
+    kernel = Slot(
+        collection="params",
+        paths=(("layers", 0, "kernel"), ("head", "kernel")),
+        type=TensorType(shape=(3, 4), dtype="bfloat16"),
+        metadata=(("tag", encode({"a": [1, 2.5, None, True, "ü", b"\0", ..., 1j]})),),
+    )
+    return Graph(
+        nodes=(
+            Node(source=DENSE, children=(("layers", 1),), attrs=(("big", Const(-(2**90))),)),
+            Node(op="container", children=((0, 2),)),
+            Node(source=DENSE, slots=(("kernel", 0),), attrs=(("features", Const(4)),)),
+        ),
+        slots=(kernel,),
+        empty=(("cache",),),
+    )
+
+
+def mutated(rng: random.Random, body: bytearray) -> bytes:
+    """A body with a few bytes changed, cut out or put in."""
+    for _ in range(rng.randint(1, 4)):
+        if not body:
+            break
+        place = rng.randrange(len(body))
+        match rng.randrange(4):
+            case 0:
+                body[place] = rng.randrange(256)
+            case 1:
+                del body[place : place + rng.randint(1, 8)]
+            case 2:
+                body[place:place] = rng.randbytes(rng.randint(1, 8))
+            case 3:
+                body[place] ^= 1 << rng.randrange(8)
+    return bytes(body)
+
+
+def mutations(count: int, seed: int) -> Found:
+    """Reads files whose content was changed, with the checksum that belongs to it.
+
+    Without that, the checksum alone would refuse all of them.
+    """
+    body, rng, found = dumps(small())[HEAD:], random.Random(seed), Found()
+    for _ in range(count):
+        new = mutated(rng, bytearray(body))
+        data = MAGIC + hashlib.sha256(new).digest() + new
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FormatWarning)
+                graph = loads(data)
+        except FormatError:
+            graph = None
+        found.files += 1
+        found.slowest = max(found.slowest, time.perf_counter() - start)
+        if graph is not None:
+            found.graphs += 1
+            graph = replace(graph, unknown=None)
+            again = loads(dumps(graph, leave_out=True))
+            assert dumps(again, leave_out=True) == dumps(graph, leave_out=True)
+    return found
+
+
+def truncations() -> int:
+    """Reads every truncation of a file; how many were refused."""
+    data, refused = dumps(small()), 0
+    for end in range(len(data)):
+        try:
+            loads(data[:end])
+        except FormatError:
+            refused += 1
+    return refused
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    found = mutations(options.count, options.seed)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(
+        f"{found.files:,} mutated files: {found.graphs:,} were graphs, the others typed errors;"
+        f" slowest {1000 * found.slowest:.0f} ms; peak memory {peak:.0f} MiB"
+    )
+    print(f"{truncations():,} truncations: all typed errors")
