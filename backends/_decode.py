@@ -160,12 +160,10 @@ def abstract_value(slot: Slot) -> Any:
 
 def _shape(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
     if dtype.startswith("key<"):
-        with_impl = jax.eval_shape(lambda: jax.random.key(0, impl=_IMPLS.get(dtype, dtype[4:-1])))
+        impl = _trees.KEY_IMPLS.get(dtype, dtype[4:-1])
+        with_impl = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
         return _trees.shape_struct(shape, with_impl.dtype)
     return _trees.shape_struct(shape, jax.numpy.dtype(dtype))
-
-
-_IMPLS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 
 
 def linen_module(graph: Graph, number: int) -> linen.Module:

@@ -32,7 +32,7 @@ from linsey.ir.attributes import (
 )
 from linsey.ir.canonical import canonical
 from linsey.ir.closures import reference
-from linsey.ir.codec import dumps, left_out, loads
+from linsey.ir.codec import dumps, left_out, loads, origin
 from linsey.ir.decode import Decoder, decode
 from linsey.ir.encode import Encoder, encode
 from linsey.ir.errors import (
@@ -72,6 +72,7 @@ from linsey.ir.paths import Key, Path, as_key, format_path, parse_path
 from linsey.ir.text import describe_class, format_graph
 from linsey.ir.values import SlotIndex, Values, slot_index
 from linsey.ir.verify import problems, verify
+from linsey.ir.walk import walk
 
 __all__ = [
     "ABSENT",
@@ -146,6 +147,7 @@ __all__ = [
     "misfits",
     "moved",
     "node_paths",
+    "origin",
     "parse_path",
     "place",
     "problems",
@@ -157,4 +159,5 @@ __all__ = [
     "slot_index",
     "tied_slots",
     "verify",
+    "walk",
 ]

@@ -37,6 +37,8 @@ def resolve(name: str) -> Any:
     Raises:
         ImportError: the module cannot be imported.
         AttributeError: the module has no such object.
+        LinseyError: what is found there belongs to another package: ``jax._src.config:os.system``
+            is not jax's.
 
     Example:
         >>> resolve("math:pi")
@@ -44,7 +46,20 @@ def resolve(name: str) -> Any:
     """
     module, _, qualname = name.partition(":")
     loaded = sys.modules.get(module) or importlib.import_module(module)
-    return operator.attrgetter(qualname)(loaded)
+    found = operator.attrgetter(qualname)(loaded)
+    owner = getattr(found, "__module__", None)
+    package = module.partition(".")[0]
+    if isinstance(owner, str) and owner.partition(".")[0] not in (package, *_SAME.get(package, ())):
+        raise LinseyError(
+            f"found an object of {owner}, expected one of {package}",
+            path=name,
+            fix="Name it by the module that defines it.",
+        )
+    return found
+
+
+_SAME = {"jax": ("jaxlib",), "types": ("builtins",), "ml_dtypes": ("numpy",)}
+"""Packages some of whose objects say that they are of another one."""
 
 
 class Decoder:

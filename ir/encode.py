@@ -113,6 +113,12 @@ class Encoder:
         if type(obj) is collections.defaultdict:
             args = (again(obj.default_factory), again(dict(obj)))
             return Call(function=again(collections.defaultdict), args=args)
+        if type(obj) in (range, slice):
+            return Call(
+                function=again(type(obj)),
+                args=tuple(map(again, (obj.start, obj.stop, obj.step))),
+                live=obj,
+            )
         if isinstance(obj, Mapping):
             pairs = tuple((again(key), again(value)) for key, value in obj.items())
             live = ABSENT if type(obj) is dict else obj

@@ -18,6 +18,7 @@ from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, Values, slot_index
 from linsey.runtime import gradients, sharding
 from linsey.runtime._checks import called_name, check_method, not_ours
+from linsey.runtime.artefact import MappedValues
 from linsey.runtime.call import Call, PlainCall, changes, updated
 from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
 from linsey.runtime.packing import PackedValues, Packing, packed, packing_of
@@ -168,8 +169,9 @@ class Executable:
         """
         self.check_values(values)
         if self.shardings is not None:
-            _trees.check_shapes(self.graph, values.arrays)
-            values = Values(self._index, sharding.put(values.arrays, self.shardings.arrays))
+            arrays = values.mapped if isinstance(values, MappedValues) else values.arrays
+            _trees.check_shapes(self.graph, arrays)
+            values = Values(self._index, sharding.put(arrays, self.shardings.arrays))
         return self._values(self._stored(values))
 
     def _values(self, stored: tuple[Any, ...]) -> Values:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen, nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -219,9 +221,15 @@ def _flax_axis(axis: Any) -> Any:
 def put(values: tuple[Any, ...], wanted: tuple[Any, ...]) -> tuple[Any, ...]:
     """Values on their shardings; one that lies right already is the very object."""
     return tuple(
-        value if _lies_on(value, sharding) else jax.device_put(value, sharding)
+        value if _lies_on(value, sharding) else jax.tree.map(partial(_sent, sharding), value)
         for value, sharding in zip(values, wanted, strict=True)
     )
+
+
+def _sent(sharding: Any, leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray):  # of a file, perhaps: only what the shards of here need
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at])
+    return jax.device_put(leaf, sharding)
 
 
 def near(tree: Any, mesh: Mesh) -> Any:

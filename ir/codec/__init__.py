@@ -16,7 +16,7 @@ from linsey.ir.errors import FormatError, FormatWarning
 from linsey.ir.graph import Graph, Unknown
 from linsey.ir.verify import verify
 
-__all__ = ["SCHEMA", "VERSION", "dumps", "left_out", "loads"]
+__all__ = ["SCHEMA", "VERSION", "dumps", "left_out", "loads", "origin"]
 
 
 def dumps(graph: Graph, *, leave_out: bool = False) -> bytes:
@@ -99,6 +99,21 @@ def loads(data: bytes) -> Graph:
             stacklevel=2,
         )
     return graph
+
+
+def origin(data: bytes) -> tuple[tuple[int, int], str]:
+    """The version of the format of some bytes, and what wrote them.
+
+    Raises:
+        FormatError: they are not a graph, are damaged, or of a version that is not supported.
+
+    Example:
+        >>> from linsey.ir import Graph, Node
+        >>> origin(dumps(Graph(nodes=(Node(),))))[0]
+        (1, 0)
+    """
+    version, writer, _ = unseal(data)
+    return version, writer
 
 
 def _read(data: bytes) -> Graph:

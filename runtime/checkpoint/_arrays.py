@@ -17,16 +17,8 @@ from etils import epath
 from jax.sharding import Sharding
 
 from linsey.ir import CheckpointError, LinseyError, TensorType
-from linsey.runtime.checkpoint._document import (
-    NUMBERS,
-    Stored,
-    damaged,
-    foreign,
-    is_key,
-    key_impl,
-    leaf_name,
-    parse,
-)
+from linsey.runtime._leaves import NUMBERS, is_key, key_impl, leaf_name
+from linsey.runtime.checkpoint._document import Stored, damaged, foreign, parse
 from linsey.runtime.checkpoint._report import Source
 
 _VALUES, _STATE, _GRAPH = "values", "state", "graph"

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
-
-import jax
+from typing import Any
 
 from linsey import _trees
-from linsey.ir import CheckpointError, Graph, Slot, TensorType, TreeType, format_path, summary
+from linsey.ir import CheckpointError, Graph, Slot, TensorType, format_path, summary
+from linsey.runtime._leaves import NUMBERS, Types, leaf_type, leaves
 
 FORMAT = "linsey.checkpoint"
 # 1: the slots with their names and arrays, the leaves of the state, the graph.
 VERSION = 1
 
-Types: TypeAlias = dict[str, TensorType]
-"""The arrays of a pytree by place, as ``jax.tree_util.keystr`` writes it; empty: the only one."""
-
-NUMBERS: dict[str, Any] = {
-    "python_bool": bool,
-    "int": int,
-    "float": float,
-    "complex": complex,
-}
-"""Python numbers by the dtype they are described with; ``bool`` is that of an array."""
-_KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 _FLOATS_8 = ("e4m3fn", "e4m3b11fnuz", "e4m3fnuz", "e5m2", "e5m2fnuz", "e3m4", "e8m0fnu")
 # What Orbax can write; tensorstore knows neither uint4 nor float8_e4m3, for example.
 DTYPES = frozenset(
@@ -36,7 +24,7 @@ DTYPES = frozenset(
         *("uint8", "uint16", "uint32", "uint64"),
         *("float16", "bfloat16", "float32", "float64", "float4_e2m1fn"),
         *(f"float8_{name}" for name in _FLOATS_8),
-        *_KEYS,
+        *_trees.KEY_IMPLS,
     }
 )
 
@@ -78,23 +66,6 @@ def slot_names(slot: Slot) -> tuple[str, ...]:
     return tuple(format_path((slot.collection, *path)) for path in slot.paths)
 
 
-def leaf_name(key: str, place: str) -> str:
-    """The name of one array of a slot; no slot is called so, since ``[`` begins an index."""
-    return f"{key}/[{place}]" if place else key
-
-
-def leaves(value: Any) -> dict[str, Any]:
-    """The arrays of a value or of a pytree, by place."""
-    return {jax.tree_util.keystr(at): leaf for at, leaf in jax.tree.leaves_with_path(value)}
-
-
-def slot_types(slot: Slot) -> Types:
-    """The types of a slot's arrays."""
-    if isinstance(slot.type, TreeType):
-        return leaves(_trees.fill(slot.type.structure, list(slot.type.leaves)))
-    return {"": slot.type}
-
-
 def types(value: Any, name: str) -> Types:
     """The types of the arrays of a value or of a pytree.
 
@@ -108,16 +79,7 @@ def types(value: Any, name: str) -> Types:
     """
     found: Types = {}
     for place, leaf in leaves(value).items():
-        try:
-            kind = _trees.tensor_type(leaf)
-        except TypeError as error:
-            raise CheckpointError(
-                str(error),
-                path=f"{name}{place}",
-                fix="Save arrays and Python numbers only.",
-            ) from error
-        if isinstance(leaf, bool):
-            kind = TensorType(shape=(), dtype="python_bool")
+        kind = leaf_type(leaf, f"{name}{place}", CheckpointError)
         if kind.dtype not in DTYPES:
             raise CheckpointError(
                 f"found an array of dtype {kind.dtype}, which Orbax cannot write",
@@ -126,16 +88,6 @@ def types(value: Any, name: str) -> Types:
             )
         found[place] = kind
     return found
-
-
-def is_key(kind: TensorType) -> bool:
-    """Whether it is the type of typed PRNG keys."""
-    return kind.dtype in _KEYS
-
-
-def key_impl(kind: TensorType) -> str:
-    """The implementation of typed PRNG keys, as ``jax.random.key`` takes it."""
-    return _KEYS[kind.dtype]
 
 
 def document(graph: Graph, kept: Mapping[str, Types], state: Types | None) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from linsey.ir import CheckpointError, Slot, TensorType
-from linsey.runtime.checkpoint._document import NUMBERS, Stored, Types, leaf_name, slot_types
+from linsey.runtime._leaves import NUMBERS, Types, leaf_name, slot_types
+from linsey.runtime.checkpoint._document import Stored
 
 DTypes: TypeAlias = Any
 """None; a dtype; a mapping from collection to dtype; or a function that gives a dtype or None for

@@ -11,17 +11,10 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from linsey import _trees
 from linsey.ir import CheckpointError, Graph, Slot, TreeType, Values, slot_index
+from linsey.runtime._leaves import Types, leaf_name, leaves, slot_types
 from linsey.runtime.checkpoint import _arrays
 from linsey.runtime.checkpoint._arrays import Target
-from linsey.runtime.checkpoint._document import (
-    Stored,
-    Types,
-    document,
-    leaf_name,
-    leaves,
-    slot_types,
-    types,
-)
+from linsey.runtime.checkpoint._document import Stored, document, types
 from linsey.runtime.checkpoint._report import Comparison, DTypes, Source, dtype_finder
 
 PathLike = str | os.PathLike[str]

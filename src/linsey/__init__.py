@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from linsey.ir import Graph, LinseyError, Values
     from linsey.lowering import lower, to_linen, to_nnx
-    from linsey.program import Program
+    from linsey.program import Program, load
     from linsey.runtime import Executable
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ _HOME = {
     "LinseyError": "linsey.ir",
     "Program": "linsey.program",
     "Values": "linsey.runtime",  # which makes it a pytree
+    "load": "linsey.program",
     "lower": "linsey.lowering",
     "to_linen": "linsey.lowering",
     "to_nnx": "linsey.lowering",
@@ -34,6 +35,7 @@ __all__ = [
     "LinseyError",
     "Program",
     "Values",
+    "load",
     "lower",
     "to_linen",
     "to_nnx",

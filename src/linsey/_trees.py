@@ -30,6 +30,8 @@ from linsey.ir import (
 )
 
 _NUMBERS = (bool, int, float, complex)
+KEY_IMPLS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+"""The implementation of typed PRNG keys by their dtype, as ``jax.random.key`` takes it."""
 
 
 def is_array(obj: Any) -> bool:

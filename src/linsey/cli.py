@@ -15,7 +15,9 @@ from linsey import _options
 from linsey._tables import print_summary
 from linsey.ir import Axis, Rules, TensorType
 from linsey.ir import summary as _summary
+from linsey.runtime import artefact
 from linsey.runtime._shards import axis_names
+from linsey.runtime._text import bytes_text
 from linsey.runtime.analyse import Analysis, analyse
 from linsey.runtime.plan import abstract_values
 from linsey.runtime.plan import plan as plan_graph
@@ -96,6 +98,41 @@ def lower(
     click.echo(str(graph))
     click.echo()
     print_summary(_summary.summarize(graph), graph)
+
+
+_SHOW_JSON_HELP = """\b
+--json prints what `linsey lower --json` prints, with the path as target, and:
+  file        bytes, format (major and minor version), writer, values (their
+              bytes, or null)
+"""
+
+
+@main.command(epilog=_SHOW_JSON_HELP)
+@click.argument("file", type=click.Path())
+@click.option("as_json", "--json", is_flag=True, help="Print JSON, for programs.")
+def show(file: str, as_json: bool) -> None:
+    """Prints the graph of an artefact, which `program.save` wrote, and a summary.
+
+    FILE is its path. No value is read, and nothing that the file names is imported.
+    """
+    found = _options.guarded(lambda: artefact.load(file), "reading")
+    size = None if found.values is None else found.values.nbytes
+    if as_json:
+        about = {
+            "bytes": found.nbytes,
+            "format": list(found.version),
+            "writer": found.writer,
+            "values": size,
+        }
+        data = {"version": JSON_VERSION, "target": file, **_summary.to_json(found.graph)}
+        click.echo(json.dumps({**data, "file": about}, indent=2))
+        return
+    click.echo(str(found.graph))
+    click.echo()
+    print_summary(_summary.summarize(found.graph), found.graph)
+    major, minor = found.version
+    held = "no values" if size is None else f"values of {bytes_text(size)}"
+    click.echo(f"{bytes_text(found.nbytes)}, {held}; format {major}.{minor}, by {found.writer}")
 
 
 @main.command(epilog=_PLAN_JSON_HELP)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jax.sharding import Mesh
 
-from linsey import _trees, plugins
+from linsey import _trees, _trust, plugins
 from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, Values, verify
-from linsey.runtime import Executable, sharding
+from linsey.runtime import Executable, artefact, sharding
 from linsey.runtime.gradients import Wanted
 from linsey.runtime.plan import Plan, plan
 
@@ -26,6 +27,10 @@ class Program:
     """One value per slot, or None when the program is abstract."""
     initialize: Callable[[Any], Values] | None = field(default=None, repr=False, compare=False)
     """The source's own initialisation; None for a live module, which is initialised already."""
+
+    trust: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
+    """The packages that a loaded program may import from, besides those of jax and flax; None for
+    one that was lowered here. See `linsey.load`."""
 
     def __str__(self) -> str:
         return str(self.graph)
@@ -57,6 +62,31 @@ class Program:
             )
         return replace(self, values=self.initialize(rngs))
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the graph, and the values where there are any, as one file.
+
+        The file has the layout of safetensors: each array under the name of its slot. The one that
+        was there before stays until the new one is complete; a process that is killed leaves the
+        old one or the new one. An array is written at a time, so that little memory is needed.
+
+        Args:
+            path: the file.
+
+        Raises:
+            FormatError: the graph holds what cannot be data (a lambda, a local class), with all of
+                it by path; a value cannot be written; or the file cannot.
+
+        Example:
+            >>> import jax, linsey, tempfile
+            >>> from flax import linen as nn
+            >>> program = linsey.lower(nn.Dense(2), jax.numpy.ones((1, 3))).init(0)
+            >>> path = tempfile.mkdtemp() + "/dense.linsey"
+            >>> program.save(path)
+            >>> linsey.load(path).values["params/kernel"].shape
+            (3, 2)
+        """
+        artefact.save(path, verify(self.graph), self.values)
+
     def emit(self, target: str) -> Any:
         """Emits the program in one of the APIs.
 
@@ -67,7 +97,8 @@ class Program:
 
         Raises:
             PluginError: there is no such backend.
-            EmitError: the graph cannot be emitted there.
+            EmitError: the graph cannot be emitted there; or it was loaded and names packages that
+                are not trusted.
             VerifyError: the graph is not sound.
             ValuesError: a value has another shape than its slot.
 
@@ -82,7 +113,7 @@ class Program:
         backend: Backend = plugins.load("linsey.backends", target)
         if self.values is not None:
             _trees.check_shapes(self.graph, self.values.arrays)
-        return backend.emit(verify(self.graph), self.values)
+        return backend.emit(self._sound(), self.values)
 
     def compile(
         self,
@@ -133,7 +164,7 @@ class Program:
             (1, 2)
         """
         return Executable(
-            verify(self.graph),
+            self._sound(),
             plugins.load("linsey.backends", self._dialect()),
             self.initialize,
             method=method,
@@ -208,6 +239,12 @@ class Program:
         """
         return plan(self.graph, mesh, rules, optimizer=optimizer, wrt=wrt)
 
+    def _sound(self) -> Graph:
+        """The graph, checked before anything that it names is imported."""
+        if self.trust is not None:
+            _trust.check(self.graph, self.trust)
+        return verify(self.graph)
+
     def _dialect(self) -> str:
         """The dialect that runs the root: that of its wrapper, where it has one."""
         root = self.graph.nodes[self.graph.root]
@@ -215,3 +252,35 @@ class Program:
         if root.wrapper is None:
             return dialect
         return "nnx" if dialect == "linen" else "linen"
+
+
+def load(path: str | os.PathLike[str], *, trust: Sequence[str] = (), check: bool = True) -> Program:
+    """The program in a file that `Program.save` wrote.
+
+    Loading runs no code and imports nothing that the file names: that happens when the program is
+    emitted, compiled or called. Values are read when they are asked for, straight from the file.
+
+    Args:
+        path: the file.
+        trust: the packages or modules that the program may import from, ``["my_models"]``: those
+            of jax, flax and optax are always among them, and nothing else is. A program that names
+            others can be printed, but is neither emitted nor compiled. Importing runs code of the
+            package; name only those that you would import yourself.
+        check: whether the checksum of each value is compared when it is first read. That of the
+            graph always is.
+
+    Raises:
+        FormatError: there is no such file, it is damaged, or of a version that is not supported.
+
+    Example:
+        >>> import jax, linsey, tempfile
+        >>> from flax import linen as nn
+        >>> program = linsey.lower(nn.Dense(2), jax.numpy.ones((1, 3)))
+        >>> path = tempfile.mkdtemp() + "/dense.linsey"
+        >>> program.save(path)
+        >>> linsey.load(path).graph == program.graph
+        True
+    """
+    found = artefact.load(path, check=check)
+    packages = (trust,) if isinstance(trust, str) else tuple(trust)
+    return Program(graph=found.graph, values=found.values, trust=packages)

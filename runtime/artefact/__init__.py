@@ -1,0 +1,88 @@
+"""One file with a graph and its values."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from linsey.ir import (
+    FormatError,
+    Graph,
+    Values,
+    ValuesError,
+    dumps,
+    loads,
+    origin,
+    slot_index,
+    verify,
+)
+from linsey.runtime.artefact._container import Container, write
+from linsey.runtime.artefact._values import SLOTS, MappedValues, bytes_array, stored
+
+__all__ = ["Artefact", "MappedValues", "load", "save"]
+
+PathLike: TypeAlias = str | os.PathLike[str]
+GRAPH = "[graph]"
+"""The array that holds the graph, as `linsey.ir.dumps` writes it."""
+
+
+def save(path: PathLike, graph: Graph, values: Values | None) -> None:
+    """Writes a graph and its values as one file; see `linsey.Program.save`."""
+    arrays = [bytes_array(GRAPH, dumps(graph))]
+    if values is not None:
+        if values.index != slot_index(graph):
+            raise ValuesError(
+                "the values are not those of the graph",
+                path="values",
+                fix="Save what linsey.lower, program.init or a call gave.",
+            )
+        arrays += stored(graph, values)
+    try:
+        write(Path(path).expanduser(), arrays)
+    except OSError as error:
+        raise FormatError(
+            f"the artefact could not be written: {error}",
+            path=os.fspath(path),
+            fix="The file that was there, if any, is as it was.",
+        ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artefact:
+    """A file that was opened."""
+
+    graph: Graph
+    """The graph."""
+    values: MappedValues | None
+    """The values, none of which was read yet; None where there are none."""
+    version: tuple[int, int]
+    """Version of the format of the graph."""
+    writer: str
+    """What wrote it, such as ``linsey 0.1.0``."""
+    nbytes: int
+    """Bytes of the whole file."""
+
+
+def load(path: PathLike, *, check: bool = True) -> Artefact:
+    """Opens a file; see `linsey.load`."""
+    try:
+        container = Container(Path(path).expanduser())
+    except OSError as error:
+        raise FormatError(
+            f"the artefact could not be read: {error}",
+            path=os.fspath(path),
+            fix="Give the path of one that program.save wrote.",
+        ) from error
+    data = container.array(GRAPH).tobytes()
+    graph = verify(loads(data))
+    version, writer = origin(data)
+    has_values = SLOTS in container.names()
+    return Artefact(
+        graph=graph,
+        values=MappedValues(graph, container, check=check) if has_values else None,
+        version=version,
+        writer=writer,
+        nbytes=container.nbytes,
+    )

@@ -1,0 +1,374 @@
+"""Programs as files: what is saved comes back, in this process and in others; or an error."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import artefact_models
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from artefact_models import Block, Trainer
+from click.testing import CliRunner
+from compare import assert_same
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType
+from safetensors.numpy import load_file
+
+import linsey
+from linsey.cli import main
+from linsey.ir import Call, Const, EmitError, FormatError, Graph, Node, Ref, Source, ValuesError
+from linsey.runtime.artefact import MappedValues
+
+X = jax.random.normal(jax.random.key(1), (2, 8))
+DTYPES = (
+    *("bool", "int8", "int16", "int32", "uint8", "uint16", "uint32"),
+    *("float16", "bfloat16", "float32", "complex64", "int4", "uint4"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e5m2fnuz", "float8_e3m4"),
+)
+
+
+@pytest.fixture(scope="module")
+def program() -> linsey.Program:
+    return linsey.lower(Block(), X).init(0)
+
+
+@pytest.fixture
+def saved(program: linsey.Program, tmp_path: Path) -> Path:
+    path = tmp_path / "block.linsey"
+    program.save(path)
+    return path
+
+
+def load(path: Path, **options: Any) -> linsey.Program:
+    return linsey.load(path, trust=["artefact_models"], **options)
+
+
+def test_a_program_comes_back(program: linsey.Program, saved: Path) -> None:
+    loaded = load(saved)
+    assert loaded.graph == program.graph
+    assert isinstance(loaded.values, MappedValues)
+    assert program.values is not None
+    assert loaded.values.keys() == program.values.keys()
+    for key, value in program.values.items():
+        assert_same(loaded.values[key], value)
+    module, variables = loaded.emit("linen")
+    assert module == Block()
+    assert_same(variables, program.emit("linen")[1])
+    found, after = loaded.compile()(loaded.values, X)
+    expected, wanted = program.compile()(program.values, X)
+    assert_same(found, expected)
+    assert_same(after.arrays, wanted.arrays)
+    again = saved.with_name("again.linsey")
+    loaded.save(again)
+    assert again.read_bytes() == saved.read_bytes()
+
+
+def test_a_value_is_read_when_it_is_asked_for(saved: Path) -> None:
+    loaded = load(saved)
+    values = loaded.values
+    assert isinstance(values, MappedValues)
+    kernel = values.host("params/Dense_0/kernel")
+    assert isinstance(kernel, np.ndarray)
+    assert not kernel.flags.writeable
+    assert not kernel.flags.owndata
+    assert isinstance(values["params/Dense_0/kernel"], jax.Array)
+    assert values["params/Dense_0/kernel"] is values["params/Dense_0/kernel"]
+    assert values["state/steps"] == 7
+    assert type(values["state/steps"]) is int
+    selected = values.select("params")
+    assert len(selected) == 4
+    assert jax.tree.structure(values) == jax.tree.structure(load(saved).values)
+    with pytest.raises(ValuesError, match="no slot named 'params/nothing'"):
+        values["params/nothing"]
+
+
+def came_back(value: Any, path: Path) -> Any:
+    """A value after it was saved and loaded."""
+    linsey.lower(nnx.Dict(state=nnx.Param(value))).save(path)
+    values = load(path).values
+    assert values is not None
+    return values["params/state"]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_comes_back(name: str, tmp_path: Path) -> None:
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    value = jnp.asarray(np.arange(6).reshape(2, 3).astype(dtype))
+    assert_same(came_back(value, tmp_path / "a"), value)
+
+
+@pytest.mark.parametrize("number", [3, -(2**62), 2.5, True, 1.5 - 2j, float("inf")])
+def test_python_numbers_come_back(number: Any, tmp_path: Path) -> None:
+    found = came_back(number, tmp_path / "a")
+    assert found == number
+    assert type(found) is type(number)
+
+
+def test_64_bits_stay_64_bits(tmp_path: Path) -> None:
+    value = np.arange(3, dtype=np.float64) / 3
+    assert_same(came_back(value, tmp_path / "a"), value)
+
+
+def test_a_number_that_is_too_large(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="does not fit into 64 bits with sign"):
+        came_back(2**63, tmp_path / "a")
+
+
+def test_a_program_without_values(tmp_path: Path) -> None:
+    program = linsey.lower(nn.Dense(4), X)
+    program.save(tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    assert loaded.graph == program.graph
+    assert loaded.values is None
+    assert loaded.emit("linen")[1]["params"]["kernel"].shape == (8, 4)
+
+
+def test_tied_variables_and_optimizers_come_back(tmp_path: Path) -> None:
+    class Tied(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.one = nnx.Linear(8, 8, rngs=rngs)
+            self.two = self.one
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.dropout(self.two(self.one(x)))
+
+    program = linsey.lower(Trainer(nnx.Rngs(0)))
+    program.save(tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    assert loaded.graph == program.graph
+    trainer = nnx.merge(*loaded.emit("nnx"))
+    other = nnx.merge(*program.emit("nnx"))
+    for each in (trainer, other):
+        each.step(X)
+    assert_same(jax.tree.leaves(nnx.state(trainer)), jax.tree.leaves(nnx.state(other)))
+    assert trainer.model.one is trainer.model.two
+    with pytest.raises(FormatError, match="Tied, which cannot be imported") as error:
+        linsey.lower(Tied(nnx.Rngs(0))).save(tmp_path / "b")
+    assert "Move it to the top of a module." in str(error.value)
+    assert not (tmp_path / "b").exists()
+
+
+CHILD = """
+    import sys, jax, numpy as np, linsey
+    program = linsey.load(sys.argv[1], trust="artefact_models")
+    print(program)
+    assert "artefact_models" not in sys.modules
+    module, variables = program.emit("linen")
+    from artefact_models import Block
+    assert module == Block()
+    x = jax.random.normal(jax.random.key(1), (2, 8))
+    y, values = program.compile()(program.values, x)
+    np.savez(sys.argv[2], y, values["batch_stats/BatchNorm_0/mean"])
+"""
+
+
+def test_in_a_fresh_process(program: linsey.Program, saved: Path, tmp_path: Path) -> None:
+    place = os.pathsep.join([os.fspath(Path(artefact_models.__file__).parent), *sys.path])
+    out = tmp_path / "out.npz"
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD), saved, out],
+        env={**os.environ, "PYTHONPATH": place},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    expected, after = program.compile()(program.values, X)
+    found = np.load(out)
+    assert_same(found["arr_0"], np.asarray(expected))
+    assert_same(found["arr_1"], np.asarray(after["batch_stats/BatchNorm_0/mean"]))
+
+
+def test_packages_that_are_not_trusted_are_not_imported(saved: Path) -> None:
+    loaded = linsey.load(saved)
+    assert str(loaded.graph)
+    for use in (lambda: loaded.emit("linen"), lambda: loaded.emit("nnx"), loaded.compile):
+        with pytest.raises(EmitError, match="1 objects of packages that are not trusted") as error:
+            use()
+        assert "class: artefact_models:Block" in str(error.value)
+        assert "trust=['artefact_models']" in str(error.value)
+    assert linsey.load(saved, trust="artefact_models").compile() is not None
+    with pytest.raises(EmitError, match="not trusted"):
+        linsey.load(saved, trust=["artefact"]).compile()
+
+
+@pytest.mark.parametrize(
+    "name", ["builtins:eval", "os:system", "subprocess:run", "importlib:import_module"]
+)
+def test_a_crafted_graph_runs_nothing(name: str, tmp_path: Path) -> None:
+    evil = Call(function=Ref(name=name), args=(Const("1/0"),))
+    dense = Source(dialect="linen", cls=Ref(name="flax.linen.linear:Dense"))
+    graph = Graph(nodes=(Node(source=dense, attrs=(("features", evil),)),))
+    linsey.Program(graph=graph).save(tmp_path / "a")
+    with pytest.raises(EmitError, match=name):
+        linsey.load(tmp_path / "a").emit("linen")
+
+
+def test_a_name_that_leads_out_of_its_package(tmp_path: Path) -> None:
+    evil = Call(function=Ref(name="jax._src.config:os.getcwd"))
+    dense = Source(dialect="linen", cls=Ref(name="flax.linen.linear:Dense"))
+    graph = Graph(nodes=(Node(source=dense, attrs=(("features", evil),)),))
+    linsey.Program(graph=graph).save(tmp_path / "a")
+    with pytest.raises(linsey.LinseyError, match="found an object of posix, expected one of jax"):
+        linsey.load(tmp_path / "a").emit("linen")
+
+
+def test_another_tool_can_read_the_arrays(program: linsey.Program, saved: Path) -> None:
+    found = load_file(saved)
+    assert program.values is not None
+    assert_same(found["params/Dense_0/kernel"], np.asarray(program.values["params/Dense_0/kernel"]))
+
+
+def test_every_truncation_is_an_error(saved: Path) -> None:
+    data = saved.read_bytes()
+    rng = random.Random(0)
+    for end in sorted({0, 1, 7, 8, 9, len(data) - 1, *rng.sample(range(len(data)), 150)}):
+        saved.write_bytes(data[:end])
+        with pytest.raises(FormatError, match=r"no artefact|damaged"):
+            load(saved)
+
+
+def test_every_changed_byte_is_an_error(saved: Path) -> None:
+    data = saved.read_bytes()
+    rng = random.Random(0)
+    for place in sorted({*range(60), *rng.sample(range(len(data)), 200)}):
+        saved.write_bytes(data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :])
+        with pytest.raises(FormatError):
+            assert load(saved).values.arrays  # type: ignore[union-attr]
+
+
+def test_an_unchecked_value_is_read_as_it_is(saved: Path, program: linsey.Program) -> None:
+    data = bytearray(saved.read_bytes())
+    assert program.values is not None
+    place = data.index(np.asarray(program.values["params/Dense_0/kernel"]).tobytes())
+    data[place] ^= 1
+    saved.write_bytes(data)
+    with pytest.raises(FormatError, match=r"the checksum of params/Dense_0/kernel is wrong"):
+        load(saved).values["params/Dense_0/kernel"]  # type: ignore[index]
+    values = load(saved, check=False).values
+    assert values is not None
+    assert values["params/Dense_0/kernel"].shape == (8, 8)
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
+def test_what_is_no_file(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    with pytest.raises(FormatError, match="could not be read") as error:
+        load(tmp_path / "a")
+    assert error.value.path == os.fspath(tmp_path / "a")
+
+
+def test_a_folder_that_is_missing(program: linsey.Program, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"could not be written: .*No such file"):
+        program.save(tmp_path / "missing" / "a")
+
+
+def test_a_save_that_fails_leaves_the_old_file(saved: Path, program: linsey.Program) -> None:
+    before = saved.read_bytes()
+    assert program.values is not None
+    arrays = list(program.values.arrays)
+    arrays[0] = jax.ShapeDtypeStruct((8,), "float32")
+    broken = linsey.Program(
+        graph=program.graph, values=linsey.Values(program.values.index, tuple(arrays))
+    )
+    with pytest.raises(FormatError, match="found a ShapeDtypeStruct, expected an array"):
+        broken.save(saved)
+    assert saved.read_bytes() == before
+    other = linsey.lower(nn.Dense(2), X).init(0)
+    with pytest.raises(ValuesError, match="not those of the graph"):
+        linsey.Program(graph=program.graph, values=other.values).save(saved)
+    assert saved.read_bytes() == before
+
+
+def test_two_processes_that_save_at_once(saved: Path, program: linsey.Program) -> None:
+    before = saved.read_bytes()
+    with (saved.parent / f".{saved.name}.partial").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(FormatError, match="another process is writing this file"):
+            program.save(saved)
+    assert saved.read_bytes() == before
+    program.save(saved)
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+SAVING = """
+    import sys, itertools, numpy as np, linsey
+    from flax import nnx
+
+    def program(fill):
+        return linsey.lower(nnx.Dict(a=nnx.Param(np.full((1 << 18,), fill, np.float32))))
+
+    both = [program(1.0), program(2.0)]
+    both[0].save(sys.argv[1])
+    print("ready", flush=True)
+    for each in itertools.cycle(both):
+        each.save(sys.argv[1])
+"""
+
+
+def killed_saves(path: Path, count: int, seed: int) -> None:
+    """Kills a process that saves again and again, so many times; the file must be whole."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SAVING), os.fspath(path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        values = linsey.load(path).values
+        assert values is not None
+        assert set(np.unique(values["params/a"])) in ({1.0}, {2.0})
+
+
+def test_a_process_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
+    killed_saves(tmp_path / "a", count=3, seed=0)
+
+
+def test_show(saved: Path, program: linsey.Program) -> None:
+    result = CliRunner().invoke(main, ["show", os.fspath(saved)])
+    assert result.exit_code == 0, result.output
+    assert str(program.graph) in result.output
+    assert "format 1.0, by linsey 0.1.0" in result.output
+    result = CliRunner().invoke(main, ["show", "--json", os.fspath(saved)])
+    data = json.loads(result.output)
+    assert data["file"]["bytes"] == saved.stat().st_size
+    assert data["file"]["format"] == [1, 0]
+    assert len(data["slots"]) == len(program.graph.slots)
+    result = CliRunner().invoke(main, ["show", os.fspath(saved.parent / "nothing")])
+    assert result.exit_code == 1
+    assert "could not be read" in result.output
+
+
+@pytest.mark.mesh
+def test_values_go_straight_onto_a_mesh(tmp_path: Path) -> None:
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    program = linsey.lower(nn.Dense(8, kernel_init=init), X).init(0)
+    program.save(tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    exe = loaded.compile(mesh=mesh)
+    assert loaded.values is not None
+    placed = exe.place(loaded.values)
+    expected = program.compile(mesh=mesh).place(program.values)
+    for key, value in expected.items():
+        assert placed[key].sharding == value.sharding
+        assert_same(placed[key], value)
+    assert_same(exe(placed, X)[0], program.compile(mesh=mesh)(expected, X)[0])
