@@ -28,6 +28,8 @@ def leaf_name(key: str, place: str) -> str:
 
 def leaves(value: Any) -> dict[str, Any]:
     """The arrays of a value or of a pytree, by place."""
+    if isinstance(value, jax.Array):
+        return {"": value}
     return {jax.tree_util.keystr(at): leaf for at, leaf in jax.tree.leaves_with_path(value)}
 
 

@@ -38,7 +38,7 @@ def save(path: PathLike, graph: Graph, values: Values | None) -> None:
                 path="values",
                 fix="Save what linsey.lower, program.init or a call gave.",
             )
-        arrays += stored(graph, values)
+        arrays += stored(values)
     try:
         write(Path(path).expanduser(), arrays)
     except OSError as error:

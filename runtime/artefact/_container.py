@@ -63,7 +63,12 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Its size."""
-        return math.prod(self.shape) * _DTYPES[CODES[self.dtype]].itemsize
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of one element."""
+        return _DTYPES[CODES[self.dtype]].itemsize
 
 
 def write(path: Path, arrays: Sequence[Stored]) -> None:
@@ -73,7 +78,7 @@ def write(path: Path, arrays: Sequence[Stored]) -> None:
         FormatError: another process writes to the same path.
         OSError: the disk is full, the folder is missing, and so on.
     """
-    order = sorted(arrays, key=lambda each: (-_DTYPES[CODES[each.dtype]].itemsize, each.name))
+    order = sorted(arrays, key=lambda each: (-each.itemsize, each.name))
     header = _header(order)
     with _replacing(path) as file:
         file.write(header)
@@ -187,8 +192,8 @@ class Container:
             for name, entry in data.items():
                 dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
                 start, after = entry["data_offsets"]
-                is_sound = all(type(n) is int and n >= 0 for n in (*shape, start, after))
-                if not is_sound or start != end:
+                numbers = (*shape, start, after)
+                if {*map(type, numbers)} != {int} or min(numbers) < 0 or start != end:
                     raise ValueError(name)
                 if after - start != math.prod(shape) * dtype.itemsize:
                     raise ValueError(name)

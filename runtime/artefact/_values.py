@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,7 +40,10 @@ SLOTS = "[slots]"
 """The array that says which arrays each slot has, as msgpack."""
 
 
-def stored(graph: Graph, values: Values) -> list[Stored]:
+_ABSTRACT = (jax.ShapeDtypeStruct, jax.core.Tracer)
+
+
+def stored(values: Values) -> list[Stored]:
     """What a file holds of values.
 
     Raises:
@@ -46,14 +51,14 @@ def stored(graph: Graph, values: Values) -> list[Stored]:
     """
     arrays: list[Stored] = []
     index: list[Any] = []
-    for slot, value in zip(graph.slots, values.arrays, strict=True):
+    for key, value in values.items():
         parts = []
         for place, leaf in leaves(value).items():
-            name = leaf_name(slot.key, place)
+            name = leaf_name(key, place)
             kind = leaf_type(leaf, name, FormatError)
             arrays.append(_stored(name, kind, leaf))
             parts.append([place, kind.dtype, list(kind.shape)])
-        index.append([slot.key, parts])
+        index.append([key, parts])
     data = msgpack.packb(index)
     return [*arrays, bytes_array(SLOTS, data)]
 
@@ -65,7 +70,7 @@ def bytes_array(name: str, data: bytes) -> Stored:
 
 
 def _stored(name: str, kind: TensorType, leaf: Any) -> Stored:
-    if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer):
+    if isinstance(leaf, _ABSTRACT):
         raise FormatError(
             f"found a {type(leaf).__name__}, expected an array",
             path=name,
@@ -88,7 +93,7 @@ def _stored(name: str, kind: TensorType, leaf: Any) -> Stored:
         return Stored(
             name=name, dtype=kind.dtype, shape=kind.shape, get=lambda: _host(leaf, kind.dtype)
         )
-    dtype = _dtype(kind)
+    dtype = _dtype(kind.dtype)
     if dtype is None:
         raise FormatError(
             f"found an array of dtype {kind.dtype}, which cannot be written",
@@ -98,7 +103,7 @@ def _stored(name: str, kind: TensorType, leaf: Any) -> Stored:
     return Stored(
         name=name,
         dtype="uint8",
-        shape=(int(np.prod(kind.shape, dtype=np.int64)) * dtype.itemsize,),
+        shape=(math.prod(kind.shape) * dtype.itemsize,),
         get=lambda: _host(leaf, kind.dtype).reshape(-1).view(np.uint8),
     )
 
@@ -118,9 +123,10 @@ def _number(name: str, leaf: Any) -> np.ndarray[Any, Any]:
     return array
 
 
-def _dtype(kind: TensorType) -> np.dtype[Any] | None:
+@functools.cache
+def _dtype(name: str) -> np.dtype[Any] | None:
     try:
-        found = np.dtype(getattr(ml_dtypes, kind.dtype, kind.dtype))
+        found = np.dtype(getattr(ml_dtypes, name, name))
     except TypeError:
         return None
     return None if found.hasobject else found
@@ -160,8 +166,8 @@ class MappedValues(Values):
     def nbytes(self) -> int:
         """Bytes of all values together."""
         return sum(
-            self._container.size(leaf_name(slot.key, place))
-            for slot, types in zip(self._slots, self._types, strict=True)
+            self._container.size(leaf_name(key, place))
+            for key, types in zip(self.index.keys, self._types, strict=True)
             for place in types
         )
 
@@ -204,7 +210,7 @@ class MappedValues(Values):
     def _host(self, position: int, check: bool) -> Any:
         slot, types = self._slots[position], self._types[position]
         found = {
-            place: self._leaf(leaf_name(slot.key, place), kind, check)
+            place: self._leaf(leaf_name(self.index.keys[position], place), kind, check)
             for place, kind in types.items()
         }
         if isinstance(slot.type, TreeType):
@@ -218,7 +224,7 @@ class MappedValues(Values):
             return complex(*number) if kind.dtype == "complex" else NUMBERS[kind.dtype](number)
         if is_key(kind):
             return jax.random.wrap_key_data(jnp.asarray(array), impl=key_impl(kind))
-        dtype: Any = _dtype(kind)
+        dtype: Any = _dtype(kind.dtype)
         return array if kind.dtype in CODES else array.view(dtype).reshape(kind.shape)
 
 
@@ -245,13 +251,14 @@ def _read_index(graph: Graph, container: Container) -> list[Types]:
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise container.damaged("its list of slots cannot be read") from error
     names = set(container.names())
-    for slot in graph.slots:
-        found = stored_types.get(slot.key)
-        if found is None or set(found) != set(slot_types(slot)):
-            raise container.damaged(f"{slot.key} is not there")
+    keys = slot_index(graph).keys
+    for key, slot in zip(keys, graph.slots, strict=True):
+        found = stored_types.get(key)
+        if found is None or found.keys() != slot_types(slot).keys():
+            raise container.damaged(f"{key} is not there")
         for place, kind in found.items():
-            _check_leaf(container, names, slot, leaf_name(slot.key, place), kind)
-    return [stored_types[slot.key] for slot in graph.slots]
+            _check_leaf(container, names, slot, leaf_name(key, place), kind)
+    return [stored_types[key] for key in keys]
 
 
 def _check_leaf(
@@ -261,9 +268,9 @@ def _check_leaf(
         raise container.damaged(f"{name} is not there")
     if kind.dtype in NUMBERS or is_key(kind):
         return
-    dtype = _dtype(kind)
+    dtype = _dtype(kind.dtype)
     is_known = dtype is not None and all(size >= 0 for size in kind.shape)
-    size = int(np.prod(kind.shape, dtype=np.int64)) * dtype.itemsize if dtype is not None else -1
+    size = math.prod(kind.shape) * dtype.itemsize if dtype is not None else -1
     if not is_known or size != container.size(name):
         raise container.damaged(f"{name} is not {kind}")
     if isinstance(slot.type, TensorType) and slot.type.shape != kind.shape:

@@ -5,6 +5,7 @@ The one file that every layer above `linsey.ir` may use; it needs jax, but not f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,12 @@ def tensor_type(leaf: Any) -> TensorType:
         return TensorType(shape=(), dtype=type(leaf).__name__)
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise TypeError(f"expected an array or a number, found {type(leaf).__name__}")
-    return TensorType(shape=tuple(leaf.shape), dtype=str(leaf.dtype))
+    return TensorType(shape=tuple(leaf.shape), dtype=_dtype_name(leaf.dtype))
+
+
+@functools.cache
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype)
 
 
 def value_type(value: Any) -> ValueType:
