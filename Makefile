@@ -29,7 +29,7 @@ bench: $(INSTALLED)
 	$(BIN)/pytest --benchmark-only benchmarks
 
 fuzz: $(INSTALLED)
-	$(BIN)/python tests/support/fuzzing.py --count 100000
+	$(BIN)/python tests/support/fuzzing.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

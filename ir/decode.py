@@ -81,8 +81,8 @@ class Decoder:
         """Decodes one value.
 
         Raises:
-            LinseyError: the object exists in the process that lowered it only.
-            ImportError: a module that the value names cannot be imported.
+            LinseyError: the object exists in the process that lowered it only; or what the value
+                names cannot be imported.
         """
         live = getattr(value, "live", ABSENT)
         if live is not ABSENT:
@@ -93,7 +93,7 @@ class Decoder:
             case DType():
                 return _dtype(value.name)
             case Ref():
-                return resolve(value.name)
+                return _imported(value.name)
             case EnumValue():
                 cls = self(value.cls)
                 members = [cls[name] for name in value.name.split("|")]
@@ -153,6 +153,18 @@ _BUILTINS: dict[str, Callable[[Iterable[Any]], Any]] = {
     "set": set,
     "frozenset": frozenset,
 }
+
+
+def _imported(name: str) -> Any:
+    try:
+        return resolve(name)
+    except (ImportError, AttributeError) as error:
+        raise LinseyError(
+            f"it cannot be imported: {error}",
+            path=name,
+            fix="Install its package, or put its folder on the path. What a script defines"
+            " (__main__) has to move into a module.",
+        ) from error
 
 
 def _dtype(name: str) -> np.dtype[Any]:

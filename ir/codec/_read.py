@@ -14,11 +14,10 @@ from linsey.ir import attributes, graph
 from linsey.ir.attributes import Const, Live
 from linsey.ir.codec._columns import offsets, unpack_blobs, unpack_ints
 from linsey.ir.codec._limits import Limits
-from linsey.ir.codec._schema import CHOICES, FIELDS, INDICES, OBJECTS, Field, Item
+from linsey.ir.codec._schema import CHOICES, CODES, FIELDS, INDICES, OBJECTS, Field, Item
 from linsey.ir.graph import UNCONSTRAINED, Axis, Graph
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
-_CODES = {table: code for code, table in enumerate(OBJECTS)}
 _CLASSES: dict[str, Any] = {
     name: getattr(attributes, name, None) or getattr(graph, name, None) for name in FIELDS
 }
@@ -43,9 +42,9 @@ class Reader:
         codes = unpack_ints(order)
         _check_below(codes, len(names))
         # By the numbers of this version; a table that it does not know is -1.
-        known = np.array([*(_CODES.get(name, -1) for name in names), -1], dtype=np.int64)
+        known = np.array([*(CODES.get(name, -1) for name in names), -1], dtype=np.int64)
         self._kinds: Ints = known[codes]
-        self._ids = {table: np.flatnonzero(self._kinds == code) for table, code in _CODES.items()}
+        self._ids = {table: np.flatnonzero(self._kinds == code) for table, code in CODES.items()}
         self._counts = {table: self._count(table) for table in FIELDS}
         self._objects: list[Any] = []
         self._limits = Limits()
@@ -54,7 +53,7 @@ class Reader:
         found = self._tables.get(table, {"rows": 0})["rows"]
         if type(found) is not int or found < 0:
             raise ValueError(f"the number of rows of {table} is not one")
-        if table in _CODES and found != len(self._ids[table]):
+        if table in CODES and found != len(self._ids[table]):
             raise ValueError(f"{table} has not as many rows as there are such objects")
         return found
 
@@ -212,7 +211,7 @@ class Reader:
         if int(column.min()) < -int(item.optional) or not bool(np.all(column < end)):
             raise ValueError("a row points to one that does not come before it")
         allowed = np.zeros(len(OBJECTS) + 1, dtype=bool)
-        allowed[[_CODES[table] for table in item.tables]] = True
+        allowed[[CODES[table] for table in item.tables]] = True
         if not bool(np.all(allowed[self._kinds[column[column >= 0]]])):
             raise ValueError("a row points to one of a kind that cannot stand there")
 

@@ -163,3 +163,5 @@ FIELDS: dict[str, tuple[Field, ...]] = {
 """The schema, taken apart."""
 OBJECTS = tuple(table for table in SCHEMA if table not in ROWS)
 """The tables of what is written once."""
+CODES = {table: code for code, table in enumerate(OBJECTS)}
+"""Their numbers within this version; a file has names."""

@@ -12,7 +12,7 @@ from typing import Any
 from linsey.ir.attributes import Const, Live
 from linsey.ir.codec._columns import pack_blobs, pack_ints
 from linsey.ir.codec._limits import MAX_PATH, Limits
-from linsey.ir.codec._schema import FIELDS, INDICES, OBJECTS, Field, Item
+from linsey.ir.codec._schema import CODES, FIELDS, INDICES, OBJECTS, Field, Item
 from linsey.ir.errors import FormatError
 from linsey.ir.graph import UNCONSTRAINED, Axis, Graph
 from linsey.ir.paths import Path
@@ -162,11 +162,9 @@ class Writer:
         if type(obj) is Const:
             return self._constant(obj.value)
         seen = self._seen.get(id(obj))
-        if seen is not None and seen[0] is obj:
-            return seen[1]
-        number = self._new(obj)
-        self._seen[id(obj)] = obj, number
-        return number
+        if seen is None:
+            seen = self._seen[id(obj)] = obj, self._new(obj)  # kept, so that its id stays its own
+        return seen[1]
 
     def _new(self, obj: Any) -> int:
         if obj is UNCONSTRAINED or obj is None or isinstance(obj, str | tuple):
@@ -176,7 +174,7 @@ class Writer:
             raise FoundLiveError
         table = type(obj).__name__
         fields = self._fields.get(table, ())
-        if table not in _CODES:
+        if table not in CODES:
             raise FormatError(
                 f"found {table}, expected an attribute value or a part of a graph",
                 fix="Make attribute values with linsey.ir.encode.",
@@ -190,11 +188,8 @@ class Writer:
             number = ids[row] = len(self._order)
             self._limits.value(_refs(table, row) if table in _HOLDING else ())
             self._rows[table].append(row)
-            self._order.append(_CODES[table])
+            self._order.append(CODES[table])
         return number
-
-
-_CODES = {table: code for code, table in enumerate(OBJECTS)}
 
 
 class FoundLiveError(Exception):

@@ -434,11 +434,21 @@ def test_what_cannot_be_data_says_so_when_it_is_gone(obj: Any, text: str) -> Non
         decode(stripped(encode({"a": (1, obj)})))
 
 
-def test_what_is_in_no_module_any_more_is_an_import_error() -> None:
-    with pytest.raises(ImportError):
-        decode(Ref(name="no_such_package.module:thing"))
-    with pytest.raises(AttributeError):
-        decode(Ref(name="math:no_such_thing"))
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [("no_such_package.module:thing", ImportError), ("math:no_such_thing", AttributeError)],
+)
+def test_what_is_in_no_module_any_more(name: str, cause: type[Exception]) -> None:
+    with pytest.raises(LinseyError, match=f"at {name}: it cannot be imported: ") as caught:
+        decode(Ref(name=name))
+    assert isinstance(caught.value.__cause__, cause)
+    assert "Install its package" in str(caught.value)
+
+
+def test_what_belongs_to_another_package() -> None:
+    assert decode(Ref(name="jax.numpy:float32")) is jnp.float32
+    with pytest.raises(LinseyError, match="found an object of posix, expected one of jax"):
+        decode(Ref(name="jax._src.config:os.getcwd"))
 
 
 # containers

@@ -4,16 +4,15 @@ import fcntl
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import artefact_models
+import fuzzing
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -303,43 +302,8 @@ def test_two_processes_that_save_at_once(saved: Path, program: linsey.Program) -
     assert os.listdir(saved.parent) == [saved.name]
 
 
-SAVING = """
-    import sys, itertools, numpy as np, linsey
-    from flax import nnx
-
-    def program(fill):
-        return linsey.lower(nnx.Dict(a=nnx.Param(np.full((1 << 18,), fill, np.float32))))
-
-    both = [program(1.0), program(2.0)]
-    both[0].save(sys.argv[1])
-    print("ready", flush=True)
-    for each in itertools.cycle(both):
-        each.save(sys.argv[1])
-"""
-
-
-def killed_saves(path: Path, count: int, seed: int) -> None:
-    """Kills a process that saves again and again, so many times; the file must be whole."""
-    rng = random.Random(seed)
-    for _ in range(count):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(SAVING), os.fspath(path)],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        values = linsey.load(path).values
-        assert values is not None
-        assert set(np.unique(values["params/a"])) in ({1.0}, {2.0})
-
-
 def test_a_process_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
-    killed_saves(tmp_path / "a", count=3, seed=0)
+    fuzzing.killed_saves(tmp_path / "a", count=3, seed=0)
 
 
 def test_show(saved: Path, program: linsey.Program) -> None:

@@ -1,16 +1,26 @@
-"""Damaged files: read in numbers, each must give a typed error at once, or a graph.
+"""Damaged files, each of which must give a typed error at once; and saves that are killed.
 
-``python tests/support/fuzzing.py --count 100000`` does it in full.
+``python tests/support/fuzzing.py`` does it in full.
 """
 
 import argparse
 import hashlib
+import os
 import random
 import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
 import time
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
+
+import linsey
 from linsey.ir import (
     Const,
     FormatError,
@@ -114,9 +124,45 @@ def truncations() -> int:
     return refused
 
 
+SAVING = """
+    import sys, itertools, numpy as np, linsey
+    from flax import nnx
+
+    def program(fill):
+        return linsey.lower(nnx.Dict(a=nnx.Param(np.full((1 << 18,), fill, np.float32))))
+
+    both = [program(1.0), program(2.0)]
+    both[0].save(sys.argv[1])
+    print("ready", flush=True)
+    for each in itertools.cycle(both):
+        each.save(sys.argv[1])
+"""
+
+
+def killed_saves(path: Path, count: int, seed: int) -> None:
+    """Kills a process that saves again and again, so many times; the file must be whole."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SAVING), os.fspath(path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        values = linsey.load(path).values
+        assert values is not None
+        assert set(np.unique(values["params/a"])) in ({1.0}, {2.0})
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     found = mutations(options.count, options.seed)
@@ -126,3 +172,6 @@ if __name__ == "__main__":
         f" slowest {1000 * found.slowest:.0f} ms; peak memory {peak:.0f} MiB"
     )
     print(f"{truncations():,} truncations: all typed errors")
+    with tempfile.TemporaryDirectory() as folder:
+        killed_saves(Path(folder) / "a", options.kills, options.seed)
+    print(f"{options.kills:,} killed saves: a whole file each time")
