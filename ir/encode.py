@@ -24,6 +24,7 @@ from linsey.ir.attributes import (
     Instance,
     Live,
     Map,
+    Ref,
     Sequence,
 )
 from linsey.ir.closures import closure_call, reference, tuple_call
@@ -119,6 +120,11 @@ class Encoder:
                 args=tuple(map(again, (obj.start, obj.stop, obj.step))),
                 live=obj,
             )
+        placed = _placed(obj)
+        if placed is not None:
+            name, parts = placed
+            function = Ref(name=f"linsey._meshes:{name}")
+            return Call(function=function, args=tuple(map(again, parts)), live=obj)
         if isinstance(obj, Mapping):
             pairs = tuple((again(key), again(value)) for key, value in obj.items())
             live = ABSENT if type(obj) is dict else obj
@@ -170,6 +176,31 @@ def _is_jax_array(obj: Any) -> bool:
         and hasattr(obj, "is_deleted")
         and not str(obj.dtype).startswith("key<")
     )
+
+
+def _placed(obj: Any) -> tuple[str, tuple[Any, ...]] | None:
+    """For a mesh or a sharding of jax, told without importing it: what makes it, and from what."""
+    if type(obj).__module__.partition(".")[0] not in ("jax", "jaxlib"):
+        return None
+    match type(obj).__name__:
+        case "Mesh":
+            ids = tuple(device.id for device in obj.devices.flat)
+            return "mesh", (*_axes(obj), ids)
+        case "AbstractMesh":
+            return "mesh", (*_axes(obj), ())
+        case "NamedSharding":
+            return "named_sharding", (obj.mesh, obj.spec, obj.memory_kind)
+        case "P" | "PartitionSpec":
+            return "partition_spec", (tuple(obj), obj.unreduced, obj.reduced)
+        case "UnconstrainedSingleton":
+            return "unconstrained", ()
+    return None
+
+
+def _axes(mesh: Any) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
+    names = tuple(mesh.axis_names)
+    sizes = tuple(int(mesh.shape[name]) for name in names)
+    return names, sizes, tuple(kind.name for kind in mesh.axis_types)
 
 
 def _maker(obj: Any) -> str:

@@ -53,3 +53,12 @@ def not_ours(found: object, expected: SlotIndex) -> ValuesError:
         path=first,
         fix="Pass what exe.init, program.values or an earlier call gave, whole.",
     )
+
+
+def no_init() -> EmitError:
+    """The error for a program that cannot be initialised."""
+    return EmitError(
+        "this program cannot be initialised: it was lowered from a live module, or loaded",
+        path="init",
+        fix="Use program.values; or lower the Linen module, or a factory of the NNX one.",
+    )

@@ -17,7 +17,7 @@ from linsey import _trees
 from linsey.backends import Backend
 from linsey.ir import EmitError, Graph, Values, slot_index
 from linsey.runtime import gradients, sharding
-from linsey.runtime._checks import called_name, check_method, not_ours
+from linsey.runtime._checks import called_name, check_method, no_init, not_ours
 from linsey.runtime.artefact import MappedValues
 from linsey.runtime.call import Call, PlainCall, changes, updated
 from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
@@ -131,14 +131,10 @@ class Executable:
             rngs: an int seed, a jax key, a dict of keys by stream, or nnx.Rngs.
 
         Raises:
-            EmitError: the program was lowered from a live module or without its source.
+            EmitError: the program was lowered from a live module, or loaded.
         """
         if self._init is None:
-            raise EmitError(
-                "this program cannot be initialised: it was lowered from a live module",
-                path="init",
-                fix="Use program.values, or lower a factory.",
-            )
+            raise no_init()
         if self._jitted_init is None:
             slots = None if self.shardings is None else self.shardings.arrays
             self._jitted_init = jax.jit(self._traced_init, out_shardings=slots)

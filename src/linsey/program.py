@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 
 from linsey import _trees, _trust, plugins
 from linsey.backends import Backend
-from linsey.ir import EmitError, Graph, Values, verify
+from linsey.ir import Graph, Values, verify
 from linsey.runtime import Executable, artefact, sharding
+from linsey.runtime._checks import no_init
 from linsey.runtime.gradients import Wanted
 from linsey.runtime.plan import Plan, plan
 
@@ -26,7 +27,8 @@ class Program:
     values: Values | None = None
     """One value per slot, or None when the program is abstract."""
     initialize: Callable[[Any], Values] | None = field(default=None, repr=False, compare=False)
-    """The source's own initialisation; None for a live module, which is initialised already."""
+    """The source's own initialisation; None for a live module, which is initialised already, and
+    for a program that was loaded."""
 
     trust: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
     """The packages that a loaded program may import from, besides those of jax and flax; None for
@@ -43,7 +45,7 @@ class Program:
                 ``nnx.Rngs``; None: those given to `linsey.lower`, or seed 0.
 
         Raises:
-            EmitError: the program was lowered from a live module, which has its values.
+            EmitError: the program was lowered from a live module, which has its values, or loaded.
             LoweringError: a PRNG stream is missing.
 
         Example:
@@ -55,11 +57,7 @@ class Program:
             (3, 2)
         """
         if self.initialize is None:
-            raise EmitError(
-                "this program cannot be initialised: it was lowered from a live module",
-                path="init",
-                fix="Use program.values, or lower a factory.",
-            )
+            raise no_init()
         return replace(self, values=self.initialize(rngs))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -298,8 +298,9 @@ def test_a_live_module_cannot_be_initialised_again() -> None:
     with pytest.raises(EmitError) as caught:
         program.init(0)
     assert str(caught.value) == (
-        "at init: this program cannot be initialised: it was lowered from a live module\n"
-        "Use program.values, or lower a factory."
+        "at init: this program cannot be initialised: it was lowered from a live module, or"
+        " loaded\n"
+        "Use program.values; or lower the Linen module, or a factory of the NNX one."
     )
 
 

@@ -135,6 +135,12 @@ def test_a_program_without_values(tmp_path: Path) -> None:
     assert loaded.emit("linen")[1]["params"]["kernel"].shape == (8, 4)
 
 
+def test_a_loaded_program_has_no_initialisation(saved: Path) -> None:
+    for init in (load(saved).init, load(saved).compile().init):
+        with pytest.raises(EmitError, match="lowered from a live module, or loaded"):
+            init(0)
+
+
 def test_tied_variables_and_optimizers_come_back(tmp_path: Path) -> None:
     class Tied(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
