@@ -12,7 +12,7 @@ BY_IDENTITY = {
     *("Dense-inits", "Conv-masked", "NANOOFp8DotGeneralOp", "Fp8DirectDotGeneralOp"),
     *("array-attribute", "Optimizer", "ModelAndOptimizer", "train-adam", "train-sgd-no-state"),
     *("train-optimizer-sharding", "train-lora-only", "train-tied", "abstract-trainer"),
-    *("to-linen-sequential", "nnx-linen-trainer"),
+    *("to-linen-sequential", "nnx-linen-trainer", "static-attributes"),
 }
 
 
