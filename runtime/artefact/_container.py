@@ -128,7 +128,11 @@ def _replacing(path: Path) -> Iterator[Any]:
     partial = path.with_name(f".{path.name}.partial")
     with _locked(partial) as file:
         file.truncate(0)
-        yield file
+        try:
+            yield file
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         file.flush()
         os.fsync(file.fileno())
         os.replace(partial, path)

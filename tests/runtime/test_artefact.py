@@ -297,6 +297,17 @@ def test_a_save_that_fails_leaves_the_old_file(saved: Path, program: linsey.Prog
     assert saved.read_bytes() == before
 
 
+def test_values_that_were_donated_away(saved: Path) -> None:
+    before = saved.read_bytes()
+    program = linsey.lower(Block(), X).init(0)
+    assert program.values is not None
+    program.values["params/Dense_0/kernel"].delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        program.save(saved)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]
+
+
 def test_two_processes_that_save_at_once(saved: Path, program: linsey.Program) -> None:
     before = saved.read_bytes()
     with (saved.parent / f".{saved.name}.partial").open("wb") as file:
