@@ -26,6 +26,15 @@ ABSENT = _Absent()
 """Marks a value without a live object (one that was loaded, say)."""
 
 
+class _Untrusted:
+    def __repr__(self) -> str:
+        return "UNTRUSTED"
+
+
+UNTRUSTED = _Untrusted()
+"""In place of the live object of a `Ref` that was read from bytes: it must not be imported."""
+
+
 def _live() -> Any:
     """The field that remembers the object a value was made from."""
     return field(default=ABSENT, compare=False, repr=False)

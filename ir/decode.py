@@ -13,6 +13,7 @@ import numpy as np
 
 from linsey.ir.attributes import (
     ABSENT,
+    UNTRUSTED,
     Array,
     AttrValue,
     Call,
@@ -85,6 +86,12 @@ class Decoder:
                 names cannot be imported.
         """
         live = getattr(value, "live", ABSENT)
+        if live is UNTRUSTED:
+            raise LinseyError(
+                "the file names it, and its package is not trusted",
+                path=value.name,  # type: ignore[union-attr]
+                fix="If the file comes from where you trust it, load it with trust=[its package].",
+            )
         if live is not ABSENT:
             return live
         match value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 from linsey.ir.codec._columns import damaged, seal, unseal, unsupported
@@ -69,11 +70,13 @@ def dumps(graph: Graph, *, leave_out: bool = False) -> bytes:
         ) from error
 
 
-def loads(data: bytes) -> Graph:
+def loads(data: bytes, *, trusts: Callable[[str], bool] | None = None) -> Graph:
     """The graph that `dumps` wrote. Imports nothing and runs nothing that the bytes name.
 
     Args:
         data: the bytes.
+        trusts: whether what a `Ref` names (``package.module:Name``) may ever be imported; decoding
+            any other is an error, wherever it happens. None: all may be.
 
     Raises:
         FormatError: they are not a graph, are damaged, of a version that is not supported, or stand
@@ -90,7 +93,8 @@ def loads(data: bytes) -> Graph:
         linsey.ir.errors.FormatError: found no graph of linsey: the first bytes are others
         Pass what linsey.ir.dumps gave, opened in binary mode.
     """
-    graph = _read(bytes(data) if isinstance(data, bytearray | memoryview) else data)
+    data = bytes(data) if isinstance(data, bytearray | memoryview) else data
+    graph = _read(data, trusts)
     if graph.unknown is not None:
         warnings.warn(
             f"the graph has fields of a newer version, kept and not used:"
@@ -116,10 +120,10 @@ def origin(data: bytes) -> tuple[tuple[int, int], str]:
     return version, writer
 
 
-def _read(data: bytes) -> Graph:
+def _read(data: bytes, trusts: Callable[[str], bool] | None = None) -> Graph:
     version, writer, tables = unseal(data)
     try:
-        reader = Reader(tables)
+        reader = Reader(tables, trusts)
         graph, unknown = reader.graph(), tuple(reader.unknown())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         if version > VERSION:

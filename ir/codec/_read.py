@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from linsey.ir import attributes, graph
-from linsey.ir.attributes import Const, Live
+from linsey.ir.attributes import ABSENT, UNTRUSTED, Const, Live, Ref
 from linsey.ir.codec._columns import offsets, unpack_blobs, unpack_ints
 from linsey.ir.codec._limits import Limits
 from linsey.ir.codec._schema import CHOICES, CODES, FIELDS, INDICES, OBJECTS, Field, Item
@@ -28,13 +28,15 @@ class Reader:
 
     Args:
         tables: the tables.
+        trusts: whether what a `Ref` names may ever be imported; None: all may.
 
     Raises:
         ValueError, KeyError, TypeError: they are not those of a graph.
     """
 
-    def __init__(self, tables: dict[str, Any]) -> None:
+    def __init__(self, tables: dict[str, Any], trusts: Callable[[str], bool] | None = None) -> None:
         self._tables = tables
+        self._trusts = trusts
         self._texts = [
             str(each, "utf-8", "surrogatepass") for each in unpack_blobs(tables["texts"])
         ]
@@ -242,10 +244,16 @@ class Reader:
                 return get["items"]
             case "Axis":
                 return lambda row: _axis(get["kind"](row), get["names"](row))
+            case "Ref":
+                return lambda row: self._ref(get["name"](row))
             case "Live":
                 return lambda row: Live(key=("left out", get["text"](row)), text=get["text"](row))
         cls = _CLASSES[table]
         return lambda row: cls(**{name: value(row) for name, value in get.items()})
+
+    def _ref(self, name: str) -> Ref:
+        is_trusted = self._trusts is None or self._trusts(name)
+        return Ref(name=name, live=ABSENT if is_trusted else UNTRUSTED)
 
     def _path(self, parent: tuple[str | int, ...], key: str | int) -> tuple[str | int, ...]:
         self._limits.path(len(parent) + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -65,8 +66,8 @@ class Artefact:
     """Bytes of the whole file."""
 
 
-def load(path: PathLike, *, check: bool = True) -> Artefact:
-    """Opens a file; see `linsey.load`."""
+def load(path: PathLike, *, trusts: Callable[[str], bool], check: bool = True) -> Artefact:
+    """Opens a file; see `linsey.load`, and `linsey.ir.loads` for `trusts`."""
     try:
         container = Container(Path(path).expanduser())
     except OSError as error:
@@ -76,7 +77,7 @@ def load(path: PathLike, *, check: bool = True) -> Artefact:
             fix="Give the path of one that program.save wrote.",
         ) from error
     data = container.array(GRAPH).tobytes()
-    graph = verify(loads(data))
+    graph = verify(loads(data, trusts=trusts))
     version, writer = origin(data)
     has_values = SLOTS in container.names()
     return Artefact(

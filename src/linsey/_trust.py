@@ -8,15 +8,10 @@ from linsey.ir import EmitError, Graph, Ref, walk
 
 PACKAGES = ("flax", "jax", "jaxlib", "linsey", "ml_dtypes", "numpy", "optax")
 """The packages that every loaded program may name."""
+_BUILTINS = ("bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "range")
 NAMES = frozenset(
     {
-        *(
-            f"builtins:{name}"
-            for name in ("bool", "bytes", "complex", "dict", "float", "frozenset")
-        ),
-        *(f"builtins:{name}" for name in ("bool", "bytes", "complex", "dict", "float", "int")),
-        *(f"builtins:{name}" for name in ("frozenset", "list", "range", "set", "slice", "str")),
-        "builtins:tuple",
+        *(f"builtins:{name}" for name in (*_BUILTINS, "set", "slice", "str", "tuple")),
         *("collections:OrderedDict", "collections:defaultdict", "collections:deque"),
         *("functools:partial", "types:MappingProxyType", "types:NoneType"),
     }
@@ -24,7 +19,20 @@ NAMES = frozenset(
 """The names of Python's own library that every loaded program may name: they run no code."""
 
 
-def check(graph: Graph, trust: Iterable[str]) -> None:
+def allows(name: str, trust: Iterable[str]) -> bool:
+    """Whether ``package.module:Name`` is of a trusted package.
+
+    Args:
+        name: the name.
+        trust: names of packages or modules, in addition to `PACKAGES`.
+    """
+    module = name.partition(":")[0]
+    return name in NAMES or any(
+        module == each or module.startswith(f"{each}.") for each in (*PACKAGES, *trust)
+    )
+
+
+def check(graph: Graph, trust: tuple[str, ...]) -> None:
     """Checks that a graph names objects of trusted packages only. Imports nothing.
 
     Args:
@@ -34,13 +42,9 @@ def check(graph: Graph, trust: Iterable[str]) -> None:
     Raises:
         EmitError: it names others; the message lists them with their places.
     """
-    trusted = (*PACKAGES, *trust)
     refused: dict[str, str] = {}
     for place, ref in walk(graph, Ref):
-        module = ref.name.partition(":")[0]
-        if ref.name not in NAMES and not any(
-            module == each or module.startswith(f"{each}.") for each in trusted
-        ):
+        if not allows(ref.name, trust):
             refused.setdefault(ref.name, place)
     if refused:
         packages = sorted({name.partition(":")[0].partition(".")[0] for name in refused})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,19 @@ from safetensors.numpy import load_file
 
 import linsey
 from linsey.cli import main
-from linsey.ir import Call, Const, EmitError, FormatError, Graph, Node, Ref, Source, ValuesError
+from linsey.ir import (
+    Call,
+    Const,
+    EmitError,
+    FormatError,
+    Graph,
+    Node,
+    Ref,
+    Source,
+    Template,
+    ValuesError,
+    slot_index,
+)
 from linsey.runtime.artefact import MappedValues
 
 X = jax.random.normal(jax.random.key(1), (2, 8))
@@ -219,6 +232,28 @@ def test_a_crafted_graph_runs_nothing(name: str, tmp_path: Path) -> None:
     linsey.Program(graph=graph).save(tmp_path / "a")
     with pytest.raises(EmitError, match=name):
         linsey.load(tmp_path / "a").emit("linen")
+
+
+def test_a_crafted_pytree_runs_nothing_when_it_is_loaded_or_read(tmp_path: Path) -> None:
+    path, mark = tmp_path / "a", tmp_path / "mark"
+    program = linsey.lower(nnx.Dict(state=nnx.Param({"a": jnp.ones(2)})))
+    evil = Call(function=Ref(name="os:mkdir"), args=(Const(str(mark)),))
+    slot = program.graph.slots[0]
+    kind = replace(slot.type, structure=Template(structure=evil))
+    graph = replace(program.graph, slots=(replace(slot, type=kind),))
+    values = linsey.Values(slot_index(graph), program.values.arrays)  # type: ignore[union-attr]
+    linsey.Program(graph=graph, values=values).save(path)
+    loaded = linsey.load(path)
+    result = CliRunner().invoke(main, ["show", os.fspath(path)])
+    assert result.exit_code == 0, result.output
+    for use in (
+        lambda: loaded.values.arrays,  # type: ignore[union-attr]
+        lambda: loaded.values["params/state"],  # type: ignore[index]
+        lambda: loaded.emit("nnx"),
+    ):
+        with pytest.raises(linsey.LinseyError, match="not trusted"):
+            use()
+    assert not mark.exists()
 
 
 def test_a_name_that_leads_out_of_its_package(tmp_path: Path) -> None:
