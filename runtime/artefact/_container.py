@@ -87,7 +87,7 @@ def write(path: Path, arrays: Sequence[Stored]) -> None:
         checks = bytearray()
         for each in order:
             array = np.ascontiguousarray(each.get())
-            data = memoryview(array.reshape(-1).view(np.uint8))
+            data = array.reshape(-1).view(np.uint8).data
             check = 0
             for start in range(0, len(data), _CHUNK):
                 check = _write_piece(file, data[start : start + _CHUNK], check, pool)
