@@ -1,9 +1,21 @@
 """Backends: graph and values -> target module and state."""
 
-from linsey.backends._decode import abstract_value, decode_linen
-from linsey.backends._private import no_parent
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from linsey.backends._record import Backend, Called, Runner, SharedCalls
-from linsey.backends._spec import HostSpec
+
+if TYPE_CHECKING:
+    from linsey.backends._decode import decode_linen
+    from linsey.backends._private import no_parent
+    from linsey.backends._spec import HostSpec
+
+# Loaded when first used: a program that was exported runs without flax.
+_HOME = {
+    "HostSpec": "linsey.backends._spec",
+    "decode_linen": "linsey.backends._decode",
+    "no_parent": "linsey.backends._private",
+}
 
 __all__ = [
     "Backend",
@@ -11,7 +23,12 @@ __all__ = [
     "HostSpec",
     "Runner",
     "SharedCalls",
-    "abstract_value",
     "decode_linen",
     "no_parent",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

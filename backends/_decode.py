@@ -150,22 +150,6 @@ def _entry(axis: Axis) -> Any:
     return jax.sharding.PartitionSpec.UNCONSTRAINED if axis is UNCONSTRAINED else axis
 
 
-def abstract_value(slot: Slot) -> Any:
-    """The value of a slot as shapes and dtypes."""
-    if isinstance(slot.type, TreeType):
-        leaves = [_shape(leaf.shape, leaf.dtype) for leaf in slot.type.leaves]
-        return _trees.fill(slot.type.structure, leaves)
-    return _shape(slot.type.shape, slot.type.dtype)
-
-
-def _shape(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-    if dtype.startswith("key<"):
-        impl = _trees.KEY_IMPLS.get(dtype, dtype[4:-1])
-        with_impl = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
-        return _trees.shape_struct(shape, with_impl.dtype)
-    return _trees.shape_struct(shape, jax.numpy.dtype(dtype))
-
-
 def linen_module(graph: Graph, number: int) -> linen.Module:
     """The unbound Linen module of a node.
 

@@ -9,17 +9,16 @@ from functools import partial
 from typing import Any
 
 import jax
-from flax import errors, nnx
 from jax.core import Tracer
 from jax.sharding import Mesh
 
 from linsey import _trees
-from linsey.backends import Backend
+from linsey.backends import Runner
 from linsey.ir import EmitError, Graph, Values, slot_index
-from linsey.runtime import gradients, sharding
-from linsey.runtime._checks import called_name, check_method, no_init, not_ours
+from linsey.runtime import _flax, gradients, sharding
+from linsey.runtime._checks import called_name, no_init, not_ours
 from linsey.runtime.artefact import MappedValues
-from linsey.runtime.call import Call, PlainCall, changes, updated
+from linsey.runtime.call import Call, PlainCall, Traced, changes, updated
 from linsey.runtime.inputs import input_shardings, keys_of, read_inputs, signature_of
 from linsey.runtime.packing import PackedValues, Packing, packed, packing_of
 from linsey.runtime.training import TrainStep
@@ -41,7 +40,7 @@ class Executable:
 
     Args:
         graph: the structure.
-        backend: the backend of the root's dialect.
+        run: runs its root.
         init: gives concrete values from PRNG keys, or None.
         method: the method, by name or as a function of the module; None: the call.
         mutable: the collections that a call may change; None: the source's default.
@@ -55,14 +54,13 @@ class Executable:
         share_traces: whether layers of equal structure are traced once; see the same.
 
     Raises:
-        EmitError: there is no such method.
         PartitionError: a slot, the rules or ``in_shardings`` do not fit the mesh.
     """
 
     def __init__(
         self,
         graph: Graph,
-        backend: Backend,
+        run: Runner,
         init: Callable[[Any], Values] | None,
         *,
         method: Any = None,
@@ -75,7 +73,6 @@ class Executable:
         pack: bool = False,
         share_traces: bool = False,
     ) -> None:
-        check_method(graph, method)
         self.graph = graph
         self.mesh = mesh
         """The mesh, or None."""
@@ -88,7 +85,7 @@ class Executable:
         self.method = method
         self._init = init
         self._index = slot_index(graph)
-        self._run = backend.runner(graph)
+        self._run = run
         self._run.share_traces = share_traces
         self._mutable = _with_capture(self._run, mutable, capture)
         self._capture = capture
@@ -267,11 +264,7 @@ class Executable:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], stored: tuple[Any, ...], keys: Any
     ) -> Any:
         arguments = _trees.Arguments.split(args, kwargs)
-
-        def traced(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
-            args, kwargs = arguments.merge(dynamic)
-            return self._traced(arrays, args, kwargs, keys)
-
+        traced = self.function(arguments)
         if self._packing is not None:
             traced = partial(self._packing.call, traced)
         if self.mesh is None and not self._donate:
@@ -287,6 +280,15 @@ class Executable:
             inputs=input_shardings(self._inputs, arguments, self.mesh),
         )
 
+    def function(self, arguments: _trees.Arguments) -> Traced:
+        """What is compiled for a call: a function of slots, arrays of the arguments, and keys."""
+
+        def traced(arrays: tuple[Any, ...], dynamic: tuple[Any, ...], keys: Any) -> Any:
+            args, kwargs = arguments.merge(dynamic)
+            return self._traced(arrays, args, kwargs, keys)
+
+        return traced
+
     def _traced(
         self, arrays: tuple[Any, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], keys: Any
     ) -> tuple[Any, dict[int, Any] | None]:
@@ -298,7 +300,7 @@ class Executable:
                 called = self._run(
                     arrays, args, kwargs, method=self.method, rngs=rngs, mutable=self._mutable
                 )
-        except (errors.FlaxError, AttributeError, TypeError) as error:
+        except _flax.call_errors() as error:
             # What a wrong call raises; the cause keeps the source's own error.
             raise EmitError(
                 f"the call raised {type(error).__name__}: {error}",
@@ -408,7 +410,7 @@ def _seed(rngs: Any) -> Any:
     """What the source's init takes, as a pytree of arrays: its streams are told by its form."""
     if isinstance(rngs, int) and not isinstance(rngs, bool):
         return jax.random.key(rngs)
-    is_whole = rngs is None or isinstance(rngs, nnx.Rngs) or _trees.is_array(rngs)
+    is_whole = rngs is None or _trees.is_rngs(rngs) or _trees.is_array(rngs)
     return rngs if is_whole else _trees.key_dict(rngs)
 
 

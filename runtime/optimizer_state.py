@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import NamedSharding
 
 from linsey.ir import Values
@@ -48,6 +47,8 @@ def state_shardings(state: Any, params: Values, shardings: Values) -> Any:
         >>> tuple(state_shardings(state, params, shardings).trace["params/w"].spec)
         (None, 'model')
     """
+    import optax
+
     if not shardings.arrays:
         raise ValueError("there are no shardings, and so no mesh")
     replicated = _on(shardings.arrays[0], ())
@@ -71,14 +72,13 @@ def state_shardings(state: Any, params: Values, shardings: Values) -> Any:
             ),
         )
 
+    def is_part(node: Any) -> bool:
+        return isinstance(node, Values | optax.FactoredState)
+
     def spread(tree: Any, dropped: int | None = None) -> Any:
-        return jax.tree.map(lambda part: follow(part, dropped), tree, is_leaf=_is_part)
+        return jax.tree.map(lambda part: follow(part, dropped), tree, is_leaf=is_part)
 
     return spread(state)
-
-
-def _is_part(node: Any) -> bool:
-    return isinstance(node, Values | optax.FactoredState)
 
 
 def _of_slot(

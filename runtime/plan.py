@@ -12,7 +12,6 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from linsey import _trees
-from linsey.backends import abstract_value
 from linsey.ir import (
     Axis,
     Graph,
@@ -193,7 +192,7 @@ def abstract_values(graph: Graph) -> Values:
         >>> abstract_values(linsey.lower(nn.Dense(4), x).graph)["params/kernel"].shape
         (8, 4)
     """
-    return Values(slot_index(graph), tuple(map(abstract_value, graph.slots)))
+    return Values(slot_index(graph), tuple(map(_trees.abstract_value, graph.slots)))
 
 
 def _optimizer(

@@ -9,10 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen, nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from linsey._unboxing import constraining
 from linsey.ir import (
     UNCONSTRAINED,
     Axis,
@@ -28,6 +26,7 @@ from linsey.ir import (
     read_rules,
     slot_index,
 )
+from linsey.runtime import _flax
 
 
 def mesh_sizes(mesh: Mesh | AbstractMesh | Mapping[str, int]) -> dict[str, int]:
@@ -65,7 +64,7 @@ def rules_in_force(rules: Any = None) -> Rules | None:
     """
     if rules is not None:
         return read_rules(_own_axes(rules))
-    ambient = linen.get_logical_axis_rules()
+    ambient = _flax.logical_axis_rules()
     return read_rules(_own_axes(ambient), path="nn.logical_axis_rules") if ambient else None
 
 
@@ -196,14 +195,11 @@ def tracing_on(mesh: Mesh | None, rules: Rules | None) -> Iterator[None]:
     Constraints of the model (``nn.with_logical_constraint``, ``lax.with_sharding_constraint`` with
     a bare spec) are resolved by these. Variables that are made inside are not sharded one by one.
     """
+    pairs = rules and tuple((name, _flax_axis(target)) for name, target in rules)
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
-        stack.enter_context(nnx.use_eager_sharding(False))
-        stack.enter_context(constraining("where it fits"))
-        if rules is not None:
-            pairs = tuple((name, _flax_axis(target)) for name, target in rules)
-            stack.enter_context(linen.logical_axis_rules(pairs))
+        stack.enter_context(_flax.tracing(pairs))
         yield
 
 

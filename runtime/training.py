@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 
 from linsey import _trees
 from linsey.ir import EmitError, Values, ValuesError
@@ -73,6 +72,8 @@ class TrainStep:
             )
         self.exe = exe.unpacked  # the state is packed as a whole, and once
         self._packs = exe.packs
+        import optax
+
         self.optimizer = optax.with_extra_args_support(optimizer)
         self._loss = loss
         self._wanted = gradients.chosen(exe.graph, wrt)
@@ -242,6 +243,8 @@ class TrainStep:
         self, arguments: _trees.Arguments, state: TrainState, dynamic: tuple[Any, ...], keys: Any
     ) -> tuple[TrainState, Any]:
         """What is compiled."""
+        import optax
+
         with self.exe.around():
             (value, aux), grads, values = self._gradients(arguments, state.values, dynamic, keys)
             params = values.select(*self._wanted)

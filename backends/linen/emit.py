@@ -9,7 +9,8 @@ from typing import Any
 
 from flax import linen
 
-from linsey.backends._decode import abstract_value, boxed, emitted_box, linen_module
+from linsey import _trees
+from linsey.backends._decode import boxed, emitted_box, linen_module
 from linsey.backends._record import Called
 from linsey.backends._runner import SharingRunner
 from linsey.backends._share import Session
@@ -25,7 +26,7 @@ from linsey.ir import Graph, Node, Values, decode
 def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, Any]]:
     """Emits a graph as ``(module, variables)``; see `linsey.Program.emit`."""
     arrays: Sequence[Any] = (
-        list(map(abstract_value, graph.slots)) if values is None else values.arrays
+        list(map(_trees.abstract_value, graph.slots)) if values is None else values.arrays
     )
     spec = HostSpec(graph, graph.root)
     if is_linen(spec.entry):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx, serialization
 
-from linsey.backends._decode import abstract_value
+from linsey import _trees
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.build import Plan
 from linsey.ir import describe_class
@@ -62,5 +62,5 @@ serialization.register_serialization_state(GraphDef, lambda _: {}, lambda target
 
 def graphdef(spec: HostSpec) -> GraphDef:
     """The graphdef of a node."""
-    values = list(map(abstract_value, spec.graph.slots))
+    values = list(map(_trees.abstract_value, spec.graph.slots))
     return GraphDef(spec, nnx.split(Plan(spec.graph, spec.node).build(values))[0])

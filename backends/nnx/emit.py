@@ -12,8 +12,8 @@ from flax import nnx
 from flax.core.scope import in_filter
 from flax.nnx import bridge
 
+from linsey import _trees
 from linsey._collections import collection_of
-from linsey.backends._decode import abstract_value
 from linsey.backends._record import Called
 from linsey.backends._runner import SharingRunner
 from linsey.backends._share import Session
@@ -41,7 +41,7 @@ def build(graph: Graph, values: Values | None) -> Any:
             fix="Move what its __call__ does into the NNX module, or a Linen module around it.",
         )
     arrays: Sequence[Any] = (
-        list(map(abstract_value, graph.slots)) if values is None else values.arrays
+        list(map(_trees.abstract_value, graph.slots)) if values is None else values.arrays
     )
     return Plan(graph, graph.root).build(arrays)
 

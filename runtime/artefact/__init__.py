@@ -1,9 +1,9 @@
-"""One file with a graph and its values."""
+"""One file with a graph, its values and exported programs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -27,11 +27,33 @@ __all__ = ["Artefact", "MappedValues", "load", "save"]
 PathLike: TypeAlias = str | os.PathLike[str]
 GRAPH = "[graph]"
 """The array that holds the graph, as `linsey.ir.dumps` writes it."""
+PROGRAMS = "[programs]"
+"""The array that says which programs there are."""
 
 
-def save(path: PathLike, graph: Graph, values: Values | None) -> None:
-    """Writes a graph and its values as one file; see `linsey.Program.save`."""
-    arrays = [bytes_array(GRAPH, dumps(graph))]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Programs:
+    """Exported programs, as bytes."""
+
+    records: bytes
+    """What is known of them, as `linsey.runtime.exported.dump_records` writes it."""
+    data: Sequence[Callable[[], bytes]]
+    """Gives each of them."""
+
+
+def save(
+    path: PathLike,
+    graph: Graph,
+    values: Values | None,
+    programs: Programs | None = None,
+    *,
+    leave_out: bool = False,
+) -> None:
+    """Writes a graph, its values and programs as one file; see `linsey.Program.save`."""
+    arrays = [bytes_array(GRAPH, dumps(graph, leave_out=leave_out))]
+    if programs is not None:
+        arrays.append(bytes_array(PROGRAMS, programs.records))
+        arrays += [bytes_array(_program(at), data()) for at, data in enumerate(programs.data)]
     if values is not None:
         if values.index != slot_index(graph):
             raise ValuesError(
@@ -50,6 +72,11 @@ def save(path: PathLike, graph: Graph, values: Values | None) -> None:
         ) from error
 
 
+def _program(number: int) -> str:
+    """The array that holds a program, as ``jax.export`` serialises it."""
+    return f"[program {number}]"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artefact:
     """A file that was opened."""
@@ -58,6 +85,8 @@ class Artefact:
     """The graph."""
     values: MappedValues | None
     """The values, none of which was read yet; None where there are none."""
+    programs: Programs | None
+    """The exported programs, none of which was read yet; None where there are none."""
     version: tuple[int, int]
     """Version of the format of the graph."""
     writer: str
@@ -83,7 +112,22 @@ def load(path: PathLike, *, trusts: Callable[[str], bool], check: bool = True) -
     return Artefact(
         graph=graph,
         values=MappedValues(graph, container, check=check) if has_values else None,
+        programs=_programs(container),
         version=version,
         writer=writer,
         nbytes=container.nbytes,
+    )
+
+
+def _programs(container: Container) -> Programs | None:
+    if PROGRAMS not in container.names():
+        return None
+
+    def reader(name: str) -> Callable[[], bytes]:
+        return lambda: container.array(name).tobytes()
+
+    count = sum(name.startswith("[program ") for name in container.names())
+    return Programs(
+        records=container.array(PROGRAMS).tobytes(),
+        data=[reader(_program(number)) for number in range(count)],
     )

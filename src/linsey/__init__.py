@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from linsey.lowering import lower, to_linen, to_nnx
     from linsey.program import Program, load
     from linsey.runtime import Executable
+    from linsey.runtime.exported import Export
 
 __version__ = "0.1.0"
 
 # Loaded when first used: `import linsey.ir` runs this file and must bring neither jax nor flax.
 _HOME = {
     "Executable": "linsey.runtime",
+    "Export": "linsey.runtime.exported",
     "Graph": "linsey.ir",
     "LinseyError": "linsey.ir",
     "Program": "linsey.program",
@@ -31,6 +33,7 @@ _NAMESPACES = {"bridge": "linsey.bridge", "checkpoint": "linsey.runtime.checkpoi
 
 __all__ = [
     "Executable",
+    "Export",
     "Graph",
     "LinseyError",
     "Program",

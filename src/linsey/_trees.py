@@ -145,6 +145,26 @@ def shape_struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return made
 
 
+def abstract_value(slot: Slot) -> Any:
+    """The value of a slot as shapes and dtypes."""
+    if isinstance(slot.type, TreeType):
+        return fill(slot.type.structure, list(map(abstract_type, slot.type.leaves)))
+    return abstract_type(slot.type)
+
+
+def abstract_type(kind: TensorType) -> jax.ShapeDtypeStruct:
+    """An abstract array of a type."""
+    return shape_struct(kind.shape, dtype_of(kind.dtype))
+
+
+def dtype_of(name: str) -> Any:
+    """A dtype by its name, those of typed PRNG keys too."""
+    if not name.startswith("key<"):
+        return jnp.dtype(name)
+    impl = KEY_IMPLS.get(name, name[4:-1])
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl)).dtype
+
+
 @dataclass(frozen=True)
 class Arguments:
     """The arguments of a call, arrays apart from everything else.
@@ -201,6 +221,11 @@ def _is_key(array: Any) -> bool:
     return is_typed or (array.dtype == jnp.uint32 and array.ndim > 0)
 
 
+def is_rngs(rngs: Any) -> bool:
+    """Whether it is an `flax.nnx.Rngs`; flax is not imported for it."""
+    return callable(rngs) and hasattr(rngs, "items")
+
+
 def key_dict(rngs: Any) -> dict[str, Any]:
     """PRNG keys by stream name, from whatever way of giving them.
 
@@ -223,7 +248,7 @@ def key_dict(rngs: Any) -> dict[str, Any]:
         return {"params": rngs}
     if isinstance(rngs, Mapping):
         keys = {str(name): key_dict(key)["params"] for name, key in rngs.items()}
-    elif callable(rngs) and hasattr(rngs, "items"):  # nnx.Rngs, without importing flax
+    elif is_rngs(rngs):
         keys = {name: stream() for name, stream in rngs.items()}
     else:
         raise LinseyError(

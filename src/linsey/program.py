@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jax.sharding import Mesh
 
 from linsey import _trees, _trust, plugins
-from linsey.backends import Backend
-from linsey.ir import Graph, Values, verify
+from linsey.backends import Backend, Runner
+from linsey.ir import EmitError, FormatWarning, Graph, Values, decode, left_out, verify
 from linsey.runtime import Executable, artefact, sharding
-from linsey.runtime._checks import no_init
+from linsey.runtime import exported as exports
+from linsey.runtime._checks import check_method, no_init
+from linsey.runtime.exported import Export, Interface, StoredProgram
 from linsey.runtime.gradients import Wanted
 from linsey.runtime.plan import Plan, plan
 
@@ -33,6 +36,8 @@ class Program:
     trust: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
     """The packages that a loaded program may import from, besides those of jax and flax; None for
     one that was lowered here. See `linsey.load`."""
+    exports: tuple[StoredProgram, ...] = field(default=(), repr=False, compare=False)
+    """The exported programs of one that was loaded."""
 
     def __str__(self) -> str:
         return str(self.graph)
@@ -60,19 +65,42 @@ class Program:
             raise no_init()
         return replace(self, values=self.initialize(rngs))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves the graph, and the values where there are any, as one file.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        export: Iterable[str | Export | StoredProgram] | None = None,
+        dynamic: Any = None,
+        constraints: Sequence[str] = (),
+        platforms: Sequence[str] | None = None,
+    ) -> None:
+        """Saves the graph, the values where there are any, and exported programs, as one file.
 
         The file has the layout of safetensors: each array under the name of its slot. The one that
         was there before stays until the new one is complete; a process that is killed leaves the
         old one or the new one. An array is written at a time, so that little memory is needed.
 
+        An exported program is one method, lowered by ``jax.export``. `linsey.load` runs it where
+        neither the model's source code nor flax is, on one device or any mesh. It holds no values
+        and no sharding; those that lie beside it are used.
+
         Args:
             path: the file.
+            export: the methods to export: the name of one, for the sample inputs that the program
+                was lowered with; `linsey.Export`, which says more; or one of ``program.exports``,
+                to export it anew. None: those that the program was loaded with, as they are.
+            dynamic: for the methods given by name, as `linsey.Export.dynamic`.
+            constraints: for the methods given by name, as `linsey.Export.constraints`.
+            platforms: for the methods given by name, as `linsey.Export.platforms`.
 
         Raises:
             FormatError: the graph holds what cannot be data (a lambda, a local class), with all of
-                it by path; a value cannot be written; or the file cannot.
+                it by path, and nothing is exported; a value cannot be written; or the file cannot.
+            EmitError: a method cannot be exported.
+
+        Warns:
+            FormatWarning: what cannot be data was left out. Exported programs run without it; the
+                model's own code cannot.
 
         Example:
             >>> import jax, linsey, tempfile
@@ -83,7 +111,53 @@ class Program:
             >>> linsey.load(path).values["params/kernel"].shape
             (3, 2)
         """
-        artefact.save(path, verify(self.graph), self.values)
+        programs = self._exported(export, dynamic, constraints, platforms)
+        missing = left_out(self.graph) if programs else ()
+        packed = None
+        if programs:
+            packed = artefact.Programs(
+                records=exports.dump_records(programs), data=[each.data for each in programs]
+            )
+        artefact.save(path, verify(self.graph), self.values, packed, leave_out=bool(missing))
+        if missing:
+            warnings.warn(
+                f"{len(missing)} values cannot be data and were left out of {os.fspath(path)};"
+                " the exported programs run without them:\n  " + "\n  ".join(map(str, missing)),
+                FormatWarning,
+                stacklevel=2,
+            )
+
+    def _exported(
+        self, export: Any, dynamic: Any, constraints: Sequence[str], platforms: Any
+    ) -> tuple[StoredProgram, ...]:
+        """The exported programs to save."""
+        wanted = [export] if isinstance(export, str | Export | StoredProgram) else export
+        names = [each for each in wanted or () if isinstance(each, str)]
+        if not names and (dynamic is not None or constraints or platforms is not None):
+            raise EmitError(
+                "dynamic, constraints and platforms are for methods that export= names, and it"
+                " names none",
+                path="export",
+                fix='Pass export=["__call__"]; a linsey.Export has settings of its own.',
+            )
+        if wanted is None:
+            return self.exports
+
+        def compiled(interface: Interface) -> Executable:
+            return self.compile(
+                interface.method,
+                mutable=decode(interface.mutable),
+                capture=interface.capture,
+                exported=False,
+            )
+
+        asked = [
+            Export(method=each, dynamic=dynamic, constraints=constraints, platforms=platforms)
+            if isinstance(each, str)
+            else each
+            for each in wanted
+        ]
+        return exports.export_all(asked, self.graph, self.values, compiled)
 
     def emit(self, target: str) -> Any:
         """Emits the program in one of the APIs.
@@ -125,6 +199,7 @@ class Program:
         in_shardings: Any = None,
         pack: bool = False,
         share_traces: bool = False,
+        exported: bool | None = None,
     ) -> Executable:
         """Compiles one method; see `linsey.runtime.Executable`.
 
@@ -147,9 +222,11 @@ class Program:
             share_traces: whether calls of layers of equal structure (the blocks of an unrolled
                 transformer) are traced once and not each by itself. It makes tracing several times
                 faster and changes no number. Python code in such a layer runs once per trace.
+            exported: whether a stored program of the method runs (see `save`), or else the model's
+                own code. None: a stored program where there is one of this name.
 
         Raises:
-            EmitError: there is no such method.
+            EmitError: there is no such method, or no stored program of it.
             PartitionError: a slot, the rules or ``in_shardings`` do not fit the mesh.
 
         Example:
@@ -161,13 +238,17 @@ class Program:
             >>> y.shape
             (1, 2)
         """
+        capture = (capture,) if isinstance(capture, str) else tuple(capture)
+        stored = exports.find(
+            self.exports, method, mutable=mutable, capture=capture, exported=exported
+        )
         return Executable(
-            self._sound(),
-            plugins.load("linsey.backends", self._dialect()),
+            self.graph,
+            self._stored_runner(stored, mesh) if stored else self._source_runner(method),
             self.initialize,
             method=method,
             mutable=mutable,
-            capture=(capture,) if isinstance(capture, str) else tuple(capture),
+            capture=capture,
             donate=donate,
             mesh=mesh,
             rules=rules,
@@ -237,6 +318,17 @@ class Program:
         """
         return plan(self.graph, mesh, rules, optimizer=optimizer, wrt=wrt)
 
+    def _source_runner(self, method: Any) -> Runner:
+        """Runs the model's own code."""
+        graph = self._sound()
+        check_method(graph, method)
+        backend: Backend = plugins.load("linsey.backends", self._dialect())
+        return backend.runner(graph)
+
+    def _stored_runner(self, stored: tuple[StoredProgram, ...], mesh: Mesh | None) -> Runner:
+        """Runs stored programs. Imports nothing that the graph names."""
+        return exports.StoredRunner(verify(self.graph), stored, mesh)
+
     def _sound(self) -> Graph:
         """The graph, checked before anything that it names is imported."""
         if self.trust is not None:
@@ -280,5 +372,15 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = (), check: bool
         True
     """
     packages = (trust,) if isinstance(trust, str) else tuple(trust)
-    found = artefact.load(path, trusts=lambda name: _trust.allows(name, packages), check=check)
-    return Program(graph=found.graph, values=found.values, trust=packages)
+
+    def trusts(name: str) -> bool:
+        return _trust.allows(name, packages)
+
+    found = artefact.load(path, trusts=trusts, check=check)
+    programs = found.programs
+    return Program(
+        graph=found.graph,
+        values=found.values,
+        trust=packages,
+        exports=(programs and exports.load_records(programs.records, programs.data, trusts)) or (),
+    )

@@ -1,0 +1,260 @@
+"""Exports methods: what the user asks, as data, and that as programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from linsey import _trees
+from linsey.ir import (
+    AttrValue,
+    Decoder,
+    EmitError,
+    Encoder,
+    Graph,
+    Hole,
+    Signature,
+    TensorType,
+    TreeType,
+    Values,
+    decode,
+    encode,
+)
+from linsey.runtime.executable import Executable
+from linsey.runtime.exported import _jax
+from linsey.runtime.exported._record import Export, Interface, StoredProgram
+from linsey.runtime.exported._sizes import Dims
+
+
+@dataclass(frozen=True)
+class _Mark:
+    index: int
+
+
+def interface_of(export: Export, graph: Graph) -> Interface:
+    """What is asked, as data.
+
+    Raises:
+        EmitError: there are no sample inputs, or something that is asked cannot be read.
+    """
+    args, kwargs = _sample(export, graph)
+    arguments = _trees.Arguments.split(args, kwargs)
+    marked = arguments.merge(tuple(map(_Mark, range(len(arguments.dynamic)))))
+    holes = Encoder(lambda obj: Hole(index=obj.index) if isinstance(obj, _Mark) else None)
+    kinds = list(map(_trees.tensor_type, map(_canonical, arguments.dynamic)))
+    specs = _specs(export.dynamic, args, kwargs)
+    inputs = tuple(
+        (kind.dtype, _dims(path, spec, kind))
+        for kind, (path, spec) in zip(kinds, specs, strict=True)
+    )
+    return Interface(
+        method=export.method,
+        arguments=holes(marked),
+        inputs=inputs,
+        constraints=_texts(export.constraints),
+        keys=_keys(export, graph),
+        mutable=encode(export.mutable),
+        capture=_texts(export.capture),
+        platforms=_jax.platforms(export.platforms),
+        vjp_order=export.vjp_order,
+    )
+
+
+def _texts(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _sample(export: Export, graph: Graph) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The sample inputs: those that are given, or those of the lowering."""
+    if export.args is not None or export.kwargs is not None:
+        return tuple(export.args or ()), dict(export.kwargs or {})
+    for signature in graph.signatures:
+        if signature.method == export.method:
+            return _arguments(signature)
+    raise EmitError(
+        "the program was lowered without sample inputs of this method",
+        path=export.method,
+        fix=f"Give them: export=[linsey.Export({export.method!r}, args=(x,))], where x is an array"
+        ' or a jax.ShapeDtypeStruct. export="..." alone takes those of linsey.lower.',
+    )
+
+
+def _arguments(signature: Signature) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = {name: _argument(value) for name, value in signature.inputs}
+    positional = sum(name.isdigit() for name in args)
+    return (
+        tuple(args.pop(str(number)) for number in range(positional)),
+        args,
+    )
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, TensorType):
+        return _trees.abstract_type(value)
+    if isinstance(value, TreeType):
+        return _trees.fill(value.structure, list(map(_trees.abstract_type, value.leaves)))
+    return decode(value)
+
+
+def _canonical(array: Any) -> Any:
+    return _trees.shape_struct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def _specs(dynamic: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """For each array among the arguments, its place and what ``dynamic`` says of it.
+
+    Raises:
+        EmitError: ``dynamic`` has another structure than the arguments.
+    """
+    if isinstance(dynamic, tuple | list):
+        by_name: Mapping[Any, Any] = dict(enumerate(dynamic))
+    elif isinstance(dynamic, Mapping):
+        by_name = dynamic
+    else:
+        by_name = dict.fromkeys([*range(len(args)), *kwargs], dynamic)
+    unknown = [name for name in by_name if name not in kwargs and name not in range(len(args))]
+    if unknown:
+        raise EmitError(
+            f"there is an entry for {unknown[0]!r}; the call has {len(args)} positional arguments"
+            f" and the keywords {sorted(kwargs)}",
+            path="dynamic",
+            fix="Give an entry for each positional argument, or a dict by position and keyword.",
+        )
+    found: list[tuple[str, Any]] = []
+    for name, argument in (*enumerate(args), *sorted(kwargs.items())):
+        path = f"dynamic[{name!r}]"
+        try:
+            spread = jax.tree.broadcast(by_name.get(name), argument, is_leaf=_is_none)
+        except ValueError as error:
+            raise EmitError(
+                f"{by_name.get(name)!r} is no prefix of the argument's structure: {error}",
+                path=path,
+                fix='Give one text for the whole argument, such as "batch, ...", or one for each'
+                " of its parts.",
+            ) from error
+        leaves = jax.tree.leaves(argument)
+        entries = jax.tree.leaves(spread, is_leaf=_is_none)
+        found += [
+            (path, s) for leaf, s in zip(leaves, entries, strict=True) if _trees.is_array(leaf)
+        ]
+    return found
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _dims(path: str, spec: Any, kind: TensorType) -> Dims:
+    if spec is None:
+        return kind.shape
+    try:
+        if not isinstance(spec, str):
+            raise TypeError(f"found {spec!r}, expected a text")
+        return _jax.parse(spec, kind.shape)
+    except Exception as error:  # jax raises several kinds
+        raise EmitError(
+            f"{spec!r} does not fit {kind}: {error}",
+            path=path,
+            fix='Name symbolic sizes and keep others by _ and ...: "batch, time, _".',
+        ) from error
+
+
+def _keys(export: Export, graph: Graph) -> tuple[tuple[str, str], ...]:
+    """The streams that calls bring keys for, and the dtypes of these."""
+    default = str(jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    if export.rngs is None:
+        if export.args is not None or export.kwargs is not None:
+            return ()
+        drawn = {s.name for s in graph.streams if s.derivation == "path" and s.use == "call"}
+        return tuple((name, default) for name in sorted(drawn))
+    if isinstance(export.rngs, str):
+        return ((export.rngs, default),)
+    if isinstance(export.rngs, list | tuple | set | frozenset):
+        return tuple((name, default) for name in sorted(export.rngs))
+    keys = sorted(_trees.key_dict(export.rngs).items())
+    named = ((name, str(key.dtype)) for name, key in keys)
+    return tuple((name, dtype if dtype.startswith("key<") else default) for name, dtype in named)
+
+
+def make(
+    interface: Interface,
+    graph: Graph,
+    values: Values | None,
+    compiled: Callable[[Interface], Executable],
+) -> StoredProgram:
+    """Exports a method.
+
+    It is traced without a mesh, so that it runs on any.
+
+    Args:
+        interface: what is asked.
+        graph: the graph.
+        values: the values that are saved beside it, or None.
+        compiled: gives the executable of the model's own code.
+
+    Raises:
+        EmitError: the method cannot be exported.
+    """
+    exe = compiled(interface)
+    shapes = _jax.input_structs(interface.inputs, interface.constraints)
+    args, kwargs = Decoder(holes=tuple(shapes))(interface.arguments)
+    arguments = _trees.Arguments.split(args, kwargs)
+    traced = exe.function(arguments)
+    slots = _slot_structs(graph, values)
+    leaves, structure = jax.tree.flatten(slots)
+    keys = [_trees.shape_struct((), _trees.dtype_of(dtype)) for _, dtype in interface.keys]
+    seen: list[tuple[AttrValue, tuple[str, ...]]] = []
+
+    def flat(*flattened: Any) -> tuple[Any, ...]:
+        rest = iter(flattened)
+        arrays = jax.tree.unflatten(structure, [next(rest) for _ in leaves])
+        dynamic = tuple(next(rest) for _ in shapes)
+        given = {name: next(rest) for name, _ in interface.keys}
+        output, changed = traced(arrays, dynamic, given or None)
+        changed = dict(sorted((changed or {}).items()))
+        for slot, value in changed.items():
+            _check_structure(graph, slot, arrays[slot], value)
+        found, treedef = jax.tree.flatten(output)
+        names = tuple(graph.slots[slot].key for slot in changed)
+        seen[:] = [(_trees.template(treedef).structure, names)]
+        return (*found, *jax.tree.leaves(tuple(changed.values())))
+
+    with _jax.without_mesh():
+        data, convention = _jax.serialize(
+            flat,
+            [*leaves, *shapes, *keys],
+            interface.platforms,
+            interface.vjp_order,
+            str(interface),
+        )
+    output, changed = seen[-1]
+    return StoredProgram(
+        **vars(interface),
+        output=output,
+        changed=changed,
+        jax=jax.__version__,
+        calling_convention=convention,
+        data=lambda: data,
+    )
+
+
+def _slot_structs(graph: Graph, values: Values | None) -> tuple[Any, ...]:
+    if values is None:
+        return tuple(map(_trees.abstract_value, graph.slots))
+    arrays = getattr(values, "mapped", None) or values.arrays  # of a file: nothing is moved
+    structs: tuple[Any, ...] = jax.eval_shape(lambda *given: given, *arrays)
+    return jax.tree.map(lambda leaf: _trees.shape_struct(leaf.shape, leaf.dtype), structs)  # type: ignore[no-any-return]
+
+
+def _check_structure(graph: Graph, slot: int, before: Any, after: Any) -> None:
+    old: Any = jax.tree.structure(before)  # its methods are not annotated
+    new: Any = jax.tree.structure(after)
+    if old != new:
+        raise EmitError(
+            f"a call makes {new} of {old}",
+            path=graph.slots[slot].key,
+            fix="Such a method cannot be exported: keep the structure of what a slot holds.",
+        )
