@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from linsey.ir.analysis import node_paths
+from linsey.ir.attributes import Sequence
 from linsey.ir.graph import Graph
 from linsey.ir.paths import Path, format_path
 
@@ -72,6 +73,10 @@ def _inside(
         seen.add(id(value))
         if isinstance(value, kind):
             yield value, below
+        if isinstance(value, Sequence):
+            for number, item in enumerate(value.items):
+                yield from _inside(item, (*below, f"[{number}]"), kind, seen)
+            return
         for each in fields(value):
             if each.name not in ("live", "key"):
                 yield from _inside(getattr(value, each.name), below, kind, seen)

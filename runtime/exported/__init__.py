@@ -7,6 +7,7 @@ from typing import Any
 
 from linsey.ir import EmitError, Graph, Values, encode
 from linsey.runtime.executable import Executable
+from linsey.runtime.exported._jax import is_readable
 from linsey.runtime.exported._make import interface_of, make
 from linsey.runtime.exported._record import (
     Export,
@@ -25,6 +26,7 @@ __all__ = [
     "dump_records",
     "export_all",
     "find",
+    "is_readable",
     "load_records",
 ]
 

@@ -53,6 +53,8 @@ def parse(spec: str, shape: tuple[int, ...]) -> Dims:
         ValueError: it cannot be read, or is of another rank.
     """
     dims = jax.export.symbolic_shape(spec, like=shape)
+    if len(dims) != len(shape):
+        raise ValueError(f"it has {len(dims)} axes")
     return tuple(dim if isinstance(dim, int) else str(dim) for dim in dims)
 
 
@@ -81,11 +83,6 @@ def _shape(dims: Dims, scope: Any) -> tuple[Any, ...]:
         return dims
     text = ", ".join(map(str, dims)) + ("," if len(dims) == 1 else "")
     return tuple(jax.export.symbolic_shape(text, scope=scope))
-
-
-def without_mesh() -> Any:
-    """Inside the block no mesh is in force, whatever the caller has set."""
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 @contextlib.contextmanager
@@ -126,7 +123,9 @@ def serialize(
         try:
             exported = jax.export.export(jax.jit(function), platforms=wanted)(*args)
             made = bytes(exported.serialize(vjp_order=order)), exported.calling_convention_version
-        except EmitError:
+        except EmitError as error:
+            if any(not isinstance(size, int) for arg in args for size in arg.shape):
+                error.add_note("Some sizes are symbolic here, by dynamic=.")
             raise
         except Exception as error:  # jax raises many kinds
             raise EmitError(
@@ -151,6 +150,8 @@ def _first_lines(error: Exception) -> str:
 
 def _remedy(error: Exception, order: int) -> str:
     text = f"{type(error).__name__} {error}".lower()
+    if "mesh" in text:
+        return "The model names axes of a mesh: save inside jax.set_mesh(mesh), with any mesh."
     if "callback" in text:
         return "A call back to Python cannot be stored: leave out jax.debug.print, pure_callback"
     if "symbolic" in text or "inconclusive" in text or "dimension" in text:
@@ -173,6 +174,7 @@ def deserialize(program: StoredProgram) -> Any:
     with needing_flatbuffers():
         try:
             found = jax.export.deserialize(bytearray(program.data()))
+            found.mlir_module()  # else jax tells only when it compiles the call
         except FormatError:
             raise
         except Exception as error:  # jax raises many kinds
@@ -193,14 +195,20 @@ def check_version(program: StoredProgram) -> None:
     Raises:
         FormatError: it does not.
     """
-    oldest = jax.export.minimum_supported_calling_convention_version
-    newest = jax.export.maximum_supported_calling_convention_version
-    if not oldest <= program.calling_convention <= newest:
+    if not is_readable(program):
         raise _unreadable(
             program,
             f"it follows the calling convention {program.calling_convention}, and this jax reads"
-            f" {oldest} to {newest}",
+            f" {jax.export.minimum_supported_calling_convention_version} to"
+            f" {jax.export.maximum_supported_calling_convention_version}",
         )
+
+
+def is_readable(program: StoredProgram) -> bool:
+    """Whether this jax reads the calling convention of a program."""
+    oldest: int = jax.export.minimum_supported_calling_convention_version
+    newest: int = jax.export.maximum_supported_calling_convention_version
+    return oldest <= program.calling_convention <= newest
 
 
 def _unreadable(program: StoredProgram, why: str) -> FormatError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from linsey.ir import (
 )
 from linsey.runtime.executable import Executable
 from linsey.runtime.exported import _jax
+from linsey.runtime.exported._private import on_any_mesh
 from linsey.runtime.exported._record import Export, Interface, StoredProgram
 from linsey.runtime.exported._sizes import Dims
 
@@ -222,7 +223,7 @@ def make(
         seen[:] = [(_trees.template(treedef).structure, names)]
         return (*found, *jax.tree.leaves(tuple(changed.values())))
 
-    with _jax.without_mesh():
+    with on_any_mesh():
         data, convention = _jax.serialize(
             flat,
             [*leaves, *shapes, *keys],
@@ -232,11 +233,12 @@ def make(
         )
     output, changed = seen[-1]
     return StoredProgram(
-        **vars(interface),
+        **{each.name: getattr(interface, each.name) for each in fields(Interface)},
         output=output,
         changed=changed,
         jax=jax.__version__,
         calling_convention=convention,
+        nbytes=len(data),
         data=lambda: data,
     )
 

@@ -40,7 +40,7 @@ class Export:
          '__call__(float32[4,3], deterministic=False), keys: dropout']
     """
 
-    method: str = "__call__"
+    method: str = field(default="__call__", kw_only=False)
     """Name of the method."""
     args: Sequence[Any] | None = None
     """Sample inputs, as the method is called: arrays or ShapeDtypeStructs, and what is static.
@@ -92,6 +92,12 @@ class Interface:
     vjp_order: int
     """How often it can be differentiated."""
 
+    def to_json(self) -> dict[str, Any]:
+        """What is known of it, as JSON."""
+        named = {"inputs": [shape_text(*kind) for kind in self.inputs], "keys": dict(self.keys)}
+        names = ("method", "constraints", "capture", "platforms", "vjp_order")
+        return {"call": str(self), **{name: getattr(self, name) for name in names}, **named}
+
     def __str__(self) -> str:
         shapes = [shape_text(*kind) for kind in self.inputs]
         arguments = ", ".join(_arguments(self.arguments, shapes))
@@ -112,8 +118,15 @@ class StoredProgram(Interface):
     """The version of jax that exported it."""
     calling_convention: int
     """The version of jax.export's calling convention that it follows."""
+    nbytes: int = field(compare=False)
+    """Bytes of the program."""
     data: Callable[[], bytes] = field(repr=False, compare=False)
     """Gives what ``jax.export`` serialised."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known of it, as JSON."""
+        names = ("changed", "jax", "calling_convention", "nbytes")
+        return {**super().to_json(), **{name: getattr(self, name) for name in names}}
 
 
 def _arguments(call: AttrValue, shapes: list[str]) -> list[str]:
@@ -140,7 +153,7 @@ def _shown(value: AttrValue, shapes: list[str]) -> str:
 
 _PLAIN = (
     *("method", "inputs", "constraints", "keys", "capture", "platforms", "vjp_order"),
-    *("changed", "jax", "calling_convention"),
+    *("changed", "jax", "calling_convention", "nbytes"),
 )
 _VALUES = ("arguments", "mutable", "output")
 
@@ -221,7 +234,7 @@ def _check(program: StoredProgram) -> None:
     texts = (program.method, program.jax, *program.constraints, *program.capture)
     texts += (*program.platforms, *(text for pair in program.keys for text in pair))
     texts += (*(dtype for dtype, _ in program.inputs), *program.changed)
-    numbers = (program.vjp_order, program.calling_convention)
+    numbers = (program.vjp_order, program.calling_convention, program.nbytes)
     sizes = [size for _, dims in program.inputs for size in dims]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a name is no text")

@@ -15,7 +15,7 @@ from linsey import _options
 from linsey._tables import print_summary
 from linsey.ir import Axis, Rules, TensorType
 from linsey.ir import summary as _summary
-from linsey.runtime import artefact
+from linsey.runtime import artefact, exported
 from linsey.runtime._shards import axis_names
 from linsey.runtime._text import bytes_text
 from linsey.runtime.analyse import Analysis, analyse
@@ -103,7 +103,10 @@ def lower(
 _SHOW_JSON_HELP = """\b
 --json prints what `linsey lower --json` prints, with the path as target, and:
   file        bytes, format (major and minor version), writer, values (their
-              bytes, or null)
+              bytes, or null), programs (the exported ones: call, method, inputs,
+              keys, constraints, capture, platforms, vjp_order, changed slots,
+              jax and calling_convention that wrote it, nbytes, readable by the
+              jax that is installed)
 """
 
 
@@ -115,14 +118,16 @@ def show(file: str, as_json: bool) -> None:
 
     FILE is its path. No value is read, and nothing that the file names is imported.
     """
-    found = _options.guarded(lambda: artefact.load(file, trusts=lambda name: False), "reading")
+    found, programs = _opened(file)
     size = None if found.values is None else found.values.nbytes
+    readable = {program: exported.is_readable(program) for program in programs}
     if as_json:
         about = {
             "bytes": found.nbytes,
             "format": list(found.version),
             "writer": found.writer,
             "values": size,
+            "programs": [{**each.to_json(), "readable": readable[each]} for each in programs],
         }
         data = {"version": JSON_VERSION, "target": file, **_summary.to_json(found.graph)}
         click.echo(json.dumps({**data, "file": about}, indent=2))
@@ -130,9 +135,58 @@ def show(file: str, as_json: bool) -> None:
     click.echo(str(found.graph))
     click.echo()
     print_summary(_summary.summarize(found.graph), found.graph)
+    for program in programs:
+        changed = f", changes {len(program.changed)} slots" if program.changed else ""
+        gradient = "" if program.vjp_order else ", no gradient"
+        old = "" if readable[program] else ", which the jax that is installed cannot read"
+        click.echo(
+            f"exported {program}\n  for {', '.join(program.platforms)}{changed}{gradient};"
+            f" {bytes_text(program.nbytes)}, by jax {program.jax}{old}"
+        )
     major, minor = found.version
     held = "no values" if size is None else f"values of {bytes_text(size)}"
     click.echo(f"{bytes_text(found.nbytes)}, {held}; format {major}.{minor}, by {found.writer}")
+
+
+def _opened(file: str) -> tuple[artefact.Artefact, tuple[exported.StoredProgram, ...]]:
+    """An artefact and its exported programs; nothing that they name may be imported."""
+
+    def read() -> Any:
+        found = artefact.load(file, trusts=lambda name: False)
+        held = found.programs
+        if held is None:
+            return found, ()
+        return found, exported.load_records(held.records, held.data, lambda name: False)
+
+    return _options.guarded(read, "reading")  # type: ignore[no-any-return]
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("--output", "-o", type=click.Path(), help="Where to save it; FILE when left out.")
+@click.option(
+    "--trust",
+    multiple=True,
+    metavar="PACKAGE",
+    help="A package whose code the artefact may import and run. Repeat it for more.",
+)
+def export(file: str, output: str | None, trust: tuple[str, ...]) -> None:
+    """Exports the programs of an artefact anew, from the source, with the jax of today.
+
+    FILE is its path. Sizes, constraints, platforms and all else stay as they were asked for.
+    """
+
+    def made() -> tuple[Any, ...]:
+        program = linsey.load(file, trust=trust)
+        if not program.exports:
+            raise click.ClickException(
+                f"{file} holds no exported programs\nSave it by program.save(path, export=[...])."
+            )
+        program.save(output or file, export=program.exports)
+        return program.exports
+
+    for each in _options.guarded(made, "exporting"):
+        click.echo(f"exported {each}")
 
 
 @main.command(epilog=_PLAN_JSON_HELP)

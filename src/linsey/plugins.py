@@ -69,7 +69,7 @@ def load(group: str, name: str) -> Any:
         raise PluginError(
             f"{_owner(entry)} failed to load: {type(error).__name__}: {error}",
             path=f"{group}:{name}",
-            fix="Mend or uninstall that package.",
+            fix="Install what it needs; or mend or uninstall it.",
         ) from error
 
 
