@@ -16,11 +16,8 @@ from linsey.ir import (
     Encoder,
     Graph,
     Hole,
-    Signature,
     TensorType,
-    TreeType,
     Values,
-    decode,
     encode,
 )
 from linsey.runtime.executable import Executable
@@ -74,30 +71,13 @@ def _sample(export: Export, graph: Graph) -> tuple[tuple[Any, ...], Mapping[str,
         return tuple(export.args or ()), dict(export.kwargs or {})
     for signature in graph.signatures:
         if signature.method == export.method:
-            return _arguments(signature)
+            return _trees.sample_inputs(signature)
     raise EmitError(
         "the program was lowered without sample inputs of this method",
         path=export.method,
         fix=f"Give them: export=[linsey.Export({export.method!r}, args=(x,))], where x is an array"
         ' or a jax.ShapeDtypeStruct. export="..." alone takes those of linsey.lower.',
     )
-
-
-def _arguments(signature: Signature) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args = {name: _argument(value) for name, value in signature.inputs}
-    positional = sum(name.isdigit() for name in args)
-    return (
-        tuple(args.pop(str(number)) for number in range(positional)),
-        args,
-    )
-
-
-def _argument(value: Any) -> Any:
-    if isinstance(value, TensorType):
-        return _trees.abstract_type(value)
-    if isinstance(value, TreeType):
-        return _trees.fill(value.structure, list(map(_trees.abstract_type, value.leaves)))
-    return decode(value)
 
 
 def _canonical(array: Any) -> Any:

@@ -22,12 +22,14 @@ from linsey.ir import (
     Graph,
     Hole,
     LinseyError,
+    Signature,
     Slot,
     Template,
     TensorType,
     TreeType,
     ValuesError,
     ValueType,
+    decode,
 )
 
 _NUMBERS = (bool, int, float, complex)
@@ -214,6 +216,25 @@ def _input_type(arg: Any, encode: Encoder) -> ValueType | AttrValue:
     if leaves and all(map(is_array, leaves)):
         return value_type(arg)
     return encode(abstract(arg))
+
+
+def sample_inputs(signature: Signature) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call from its `Signature`, arrays as shapes: undoes `input_types`.
+
+    Raises:
+        LinseyError: one exists only in the process that lowered it.
+    """
+    named = {name: _sample(value) for name, value in signature.inputs}
+    count = sum(name.isdigit() for name in named)
+    return tuple(named.pop(str(position)) for position in range(count)), named
+
+
+def _sample(value: ValueType | AttrValue) -> Any:
+    if isinstance(value, TensorType):
+        return abstract_type(value)
+    if isinstance(value, TreeType):
+        return fill(value.structure, list(map(abstract_type, value.leaves)))
+    return decode(value)
 
 
 def _is_key(array: Any) -> bool:

@@ -11,6 +11,7 @@ from linsey import _trees, plugins
 from linsey.backends.nnx import module_of
 from linsey.frontends import Frontend, Lowered, Request
 from linsey.frontends.nnx.lower import lower_factory
+from linsey.ir import EmitError
 from linsey.program import Program
 
 
@@ -57,6 +58,26 @@ def lower(
     else:
         lowered = _lower(request)
     return Program(graph=lowered.graph, values=lowered.values, initialize=lowered.init)
+
+
+def lower_again(program: Program) -> Program:
+    """Lowers the Linen module that a program stands for, by the inputs that it was lowered by.
+
+    Raises:
+        EmitError: the module's code has changed since.
+        LinseyError: it cannot be emitted.
+    """
+    module, _ = replace(program, values=None).emit("linen")
+    signature = program.graph.signatures[0]
+    args, kwargs = _trees.sample_inputs(signature)
+    again = lower(module, *args, method=signature.method, **kwargs)
+    if again.graph.slots != program.graph.slots:
+        raise EmitError(
+            "the module of today has other slots than the graph of the file",
+            path="init",
+            fix="Lower the module anew, or use the code that the file was saved with.",
+        )
+    return again
 
 
 def _lower(request: Request) -> Lowered:

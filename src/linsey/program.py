@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,7 @@ class Program:
     """One value per slot, or None when the program is abstract."""
     initialize: Callable[[Any], Values] | None = field(default=None, repr=False, compare=False)
     """The source's own initialisation; None for a live module, which is initialised already, and
-    for a program that was loaded."""
+    for what was lowered from an NNX module and loaded."""
 
     trust: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
     """The packages that a loaded program may import from, besides those of jax and flax; None for
@@ -50,7 +51,8 @@ class Program:
                 ``nnx.Rngs``; None: those given to `linsey.lower`, or seed 0.
 
         Raises:
-            EmitError: the program was lowered from a live module, which has its values, or loaded.
+            EmitError: the program was lowered from a live module, which has its values, or was
+                loaded and is of NNX; or the Linen module of a file has changed since.
             LoweringError: a PRNG stream is missing.
 
         Example:
@@ -378,9 +380,22 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = (), check: bool
 
     found = artefact.load(path, trusts=trusts, check=check)
     programs = found.programs
-    return Program(
+    program = Program(
         graph=found.graph,
         values=found.values,
         trust=packages,
         exports=(programs and exports.load_records(programs.records, programs.data, trusts)) or (),
     )
+    root = program.graph.nodes[program.graph.root]
+    if root.wrapper is not None or program._dialect() != "linen" or not root.signatures:
+        return program
+
+    @functools.cache
+    def initialize() -> Callable[[Any], Values]:
+        from linsey.lowering import lower_again
+
+        made = lower_again(program).initialize
+        assert made is not None
+        return made
+
+    return replace(program, initialize=lambda rngs: initialize()(rngs))

@@ -148,10 +148,22 @@ def test_a_program_without_values(tmp_path: Path) -> None:
     assert loaded.emit("linen")[1]["params"]["kernel"].shape == (8, 4)
 
 
-def test_a_loaded_program_has_no_initialisation(saved: Path) -> None:
-    for init in (load(saved).init, load(saved).compile().init):
-        with pytest.raises(EmitError, match="lowered from a live module, or loaded"):
-            init(0)
+def test_a_loaded_program_is_initialised_as_the_source(
+    saved: Path, program: linsey.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = linsey.lower(Block(), X).init(1).values
+    assert expected is not None
+    found = load(saved).init(1).values
+    assert found is not None
+    assert_same(found.arrays, expected.arrays)
+    assert_same(load(saved).compile().init(1).arrays, program.compile().init(1).arrays)
+    linsey.lower(artefact_models.Model(nnx.Rngs(0)), X).save(tmp_path / "nnx")
+    with pytest.raises(EmitError, match="lowered from a live module, or loaded"):
+        load(tmp_path / "nnx").init(0)
+    dense = nn.Dense
+    monkeypatch.setattr(nn, "Dense", lambda features: dense(9))
+    with pytest.raises(EmitError, match="other slots than the graph of the file"):
+        load(saved).init(0)
 
 
 def test_tied_variables_and_optimizers_come_back(tmp_path: Path) -> None:
