@@ -13,6 +13,7 @@ from linsey.ir.codec._left_out import left_out
 from linsey.ir.codec._read import Reader
 from linsey.ir.codec._schema import SCHEMA, VERSION
 from linsey.ir.codec._write import FoundLiveError, Writer
+from linsey.ir.collecting import paused
 from linsey.ir.errors import FormatError, FormatWarning
 from linsey.ir.graph import Graph, Unknown
 from linsey.ir.verify import verify
@@ -20,6 +21,7 @@ from linsey.ir.verify import verify
 __all__ = ["SCHEMA", "VERSION", "dumps", "left_out", "loads", "origin"]
 
 
+@paused()
 def dumps(graph: Graph, *, leave_out: bool = False) -> bytes:
     """A graph as bytes; docs/format.md says what is in them.
 
@@ -49,7 +51,7 @@ def dumps(graph: Graph, *, leave_out: bool = False) -> bytes:
             f"the graph has changed since it was read: {', '.join(graph.unknown.fields)} of a newer"
             " version are left out",
             FormatWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         graph = own
     try:
@@ -70,6 +72,7 @@ def dumps(graph: Graph, *, leave_out: bool = False) -> bytes:
         ) from error
 
 
+@paused()
 def loads(data: bytes, *, trusts: Callable[[str], bool] | None = None) -> Graph:
     """The graph that `dumps` wrote. Imports nothing and runs nothing that the bytes name.
 
@@ -100,7 +103,7 @@ def loads(data: bytes, *, trusts: Callable[[str], bool] | None = None) -> Graph:
             f"the graph has fields of a newer version, kept and not used:"
             f" {', '.join(graph.unknown.fields)}",
             FormatWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return graph
 

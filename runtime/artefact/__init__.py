@@ -19,6 +19,7 @@ from linsey.ir import (
     slot_index,
     verify,
 )
+from linsey.ir.collecting import paused
 from linsey.runtime.artefact._container import Container, write
 from linsey.runtime.artefact._values import SLOTS, MappedValues, bytes_array, stored
 
@@ -41,6 +42,7 @@ class Programs:
     """Gives each of them."""
 
 
+@paused()
 def save(
     path: PathLike,
     graph: Graph,
@@ -95,6 +97,7 @@ class Artefact:
     """Bytes of the whole file."""
 
 
+@paused()
 def load(path: PathLike, *, trusts: Callable[[str], bool], check: bool = True) -> Artefact:
     """Opens a file; see `linsey.load`, and `linsey.ir.loads` for `trusts`."""
     try:
