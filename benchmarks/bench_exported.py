@@ -89,7 +89,9 @@ def main(width: int, blocks: int, rounds: int) -> None:
             times["step"][name].append(_seconds(lambda name=name: step(name)))
     for what, found in times.items():
         source, exported = (statistics.median(found[name]) for name in ("source", "exported"))
-        print(f"  {what}: source {source:.4f} s, exported {exported:.4f} s: {exported / source:.2f}")
+        print(
+            f"  {what}: source {source:.4f} s, exported {exported:.4f} s: {exported / source:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzzing
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -26,7 +27,6 @@ from jax.sharding import PartitionSpec as P
 import linsey
 from linsey.cli import main
 from linsey.ir import EmitError, FormatError, FormatWarning, ValuesError
-from linsey.runtime import exported
 
 X = jax.random.normal(jax.random.key(1), (4, 8))
 KEYS = {"dropout": jax.random.key(2)}
@@ -476,12 +476,24 @@ def test_programs_that_were_made_by_hand(net_file: Path, tmp_path: Path) -> None
 
 
 def test_a_program_that_calls_back_is_refused(net_file: Path) -> None:
-    def calls_back(x: Any) -> Any:
-        return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+    """One that jax.export would not have written: it enters Python through an address."""
+    name = "xla_ffi_python_cpu_callback"
 
-    with jax.numpy_dtype_promotion("standard"):
-        lowered = jax.jit(calls_back).lower(X).as_text()
-    assert any(name.decode() in lowered for name in exported._jax._CALLBACKS)
+    def calls_back(x: Any) -> Any:
+        return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name)]
+    made = jax.export.export(jax.jit(calls_back), disabled_checks=allowed)(X)
+    program = crafted(net_file, data=lambda: bytes(made.serialize()))
+    with pytest.raises(FormatError, match="the program calls back to Python"):
+        program.compile()(program.values, X)
+
+
+def test_changed_artefacts_give_a_typed_error_or_a_program(tmp_path: Path) -> None:
+    fuzzing.exported(tmp_path / "a")
+    found = fuzzing.artefacts(tmp_path / "a", 300, seed=0)
+    assert 0 < found.graphs < found.files == 300
+    assert found.slowest < 1.0
 
 
 def test_without_flatbuffers(
