@@ -28,6 +28,24 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
+def _without_paths() -> Iterator[None]:
+    """Inside the block jax writes no names of files: they would say who exported, and where."""
+    config: Any = jax.config  # its members are not annotated
+    wanted = {
+        "jax_hlo_source_file_canonicalization_regex": ".*",
+        "jax_include_full_tracebacks_in_locations": False,
+    }
+    before = {name: getattr(config, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            config.update(name, value)
+
+
+@contextlib.contextmanager
 def on_any_mesh() -> Iterator[None]:
     """Inside the block this thread traces and lowers without constraints and without a mesh.
 
@@ -38,7 +56,13 @@ def on_any_mesh() -> Iterator[None]:
     auto = (jax.sharding.AxisType.Auto,) * len(names)
     mesh = jax.sharding.AbstractMesh((1,) * len(names), names, axis_types=auto)
     no_mesh: Any = None  # which its annotation forbids
-    with _lock, jax.set_mesh(no_mesh), jax.sharding.use_abstract_mesh(mesh), _flax.tracing(None):
+    with (
+        _lock,
+        jax.set_mesh(no_mesh),
+        jax.sharding.use_abstract_mesh(mesh),
+        _flax.tracing(None),
+        _without_paths(),
+    ):
         entry: Any = _lowerings[sharding_constraint_p]
 
         def lowered(ctx: Any, value: Any, **params: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import artefact_models
 import fuzzing
 import jax
 import jax.export
@@ -261,6 +262,7 @@ def test_what_cannot_be_data_is_left_out_and_said(tmp_path: Path) -> None:
 def test_a_loaded_program_keeps_its_exports_or_makes_them_anew(
     net_file: Path, tmp_path: Path
 ) -> None:
+    assert b".py" not in net_file.read_bytes()  # no paths of the machine that exported it
     program = loaded(net_file)
     program.save(tmp_path / "kept")
     assert (tmp_path / "kept").read_bytes() == net_file.read_bytes()
@@ -526,6 +528,38 @@ RULES = (("batch", "data"), ("embed", None), ("mlp", "model"))
 
 def grid(kind: AxisType) -> Any:
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def test_there_is_an_artefact_of_this_jax(request: pytest.FixtureRequest) -> None:
+    path = GOLDEN / f"artefact-jax-{jax.__version__}.linsey"
+    if request.config.getoption("--update-golden") and not path.exists():
+        program = linsey.lower(artefact_models.Model(nnx.Rngs(0)), X)
+        program.save(path, export="__call__", dynamic="batch, _")
+    if jax.__version__ in ("0.10.2", "0.12.0.1"):
+        assert path.exists()
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.linsey")), ids=lambda path: path.stem)
+def test_artefacts_of_other_pythons_and_jaxes(path: Path) -> None:
+    """Graph and values load for ever; exported programs as far as jax promises."""
+    program = linsey.load(path, trust=["artefact_models"])
+    model = nnx.merge(*program.emit("nnx"))
+    assert type(model) is artefact_models.Model
+    assert model.one is model.two
+    expected = program.compile(exported=False)(program.values, X)
+    assert expected[0].shape == (4, 8)
+    (stored,) = program.exports
+    try:
+        found = program.compile()(program.values, X)
+    except FormatError as error:
+        assert tuple(map(int, stored.jax.split("."))) > tuple(map(int, jax.__version__.split(".")))
+        assert f"cannot read what jax {stored.jax} exported" in str(error)
+    else:
+        assert_same(found[0], expected[0])
+        assert_same(found[1].arrays, expected[1].arrays)
 
 
 @pytest.mark.mesh
