@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from linsey import _trees
-from linsey.ir import EmitError, PartitionError
+from linsey.ir import EmitError, LinseyError, PartitionError
 
 _ARRAY_TYPES: set[type] = set()
 """The types of concrete arrays met so far: a set look-up is faster than ``isinstance``."""
@@ -121,47 +121,70 @@ def input_shardings(
     if in_shardings is None or mesh is None:
         return None
     args, kwargs = arguments.merge(arguments.dynamic)
-    if isinstance(in_shardings, tuple | list) and not _is_spec(in_shardings):
-        by_name: Mapping[Any, Any] = dict(enumerate(in_shardings))
-    elif isinstance(in_shardings, Mapping):
-        by_name = in_shardings
-    else:
-        by_name = dict.fromkeys([*range(len(args)), *kwargs], in_shardings)
-    unknown = [name for name in by_name if name not in kwargs and name not in range(len(args))]
-    if unknown and any(by_name[name] is not None for name in unknown):
-        raise PartitionError(
-            f"there is an entry for {unknown[0]!r}; the call has {len(args)} positional arguments"
-            f" and the keywords {sorted(kwargs)}",
-            path="in_shardings",
-            fix="Give an entry for each positional argument, or a dict by position and keyword.",
-        )
     found: list[Any] = []
-    for name, argument in (*enumerate(args), *sorted(kwargs.items())):
-        found += _of_argument(name, argument, by_name.get(name), mesh)
+    for place, array, spec in entries(in_shardings, args, kwargs, "in_shardings", PartitionError):
+        sharding = NamedSharding(mesh, spec) if isinstance(spec, PartitionSpec) else spec
+        if sharding is not None:
+            check_fit(array, sharding, place)
+        found.append(sharding)
     return tuple(found)
 
 
-def _of_argument(name: Any, argument: Any, entry: Any, mesh: Mesh) -> list[Any]:
-    try:
-        spread = jax.tree.broadcast(
-            entry, argument, is_leaf=lambda leaf: leaf is None or _is_spec(leaf)
+def entries(
+    given: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    path: str,
+    error: type[LinseyError],
+) -> list[tuple[str, Any, Any]]:
+    """What is said of each array among the arguments of a call.
+
+    Args:
+        given: one entry for all; a tuple by position; or a dict by position and keyword. An entry
+            is for the whole argument, or a pytree prefix of it. None says nothing.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        path: what `given` is called in errors.
+        error: the class of these.
+
+    Returns:
+        The place, the array and the entry.
+
+    Raises:
+        LinseyError: there is no such argument, or it has another structure.
+    """
+    if isinstance(given, tuple | list) and not _is_spec(given):
+        by_name: Mapping[Any, Any] = dict(enumerate(given))
+    elif isinstance(given, Mapping):
+        by_name = given
+    else:
+        by_name = dict.fromkeys([*range(len(args)), *kwargs], given)
+    unknown = [name for name in by_name if name not in kwargs and name not in range(len(args))]
+    if unknown and any(by_name[name] is not None for name in unknown):
+        raise error(
+            f"there is an entry for {unknown[0]!r}; the call has {len(args)} positional arguments"
+            f" and the keywords {sorted(kwargs)}",
+            path=path,
+            fix="Give an entry for each positional argument, or a dict by position and keyword.",
         )
-    except ValueError as error:
-        raise PartitionError(
-            f"{entry!r} is no prefix of the argument's structure: {error}",
-            path=f"in_shardings[{name!r}]",
-            fix="Give one spec for the whole argument, or one for each of its parts.",
-        ) from error
-    where = jax.tree.leaves(spread, is_leaf=lambda leaf: leaf is None or _is_spec(leaf))
-    out = []
-    for leaf, spec in zip(jax.tree.leaves(argument), where, strict=True):
-        if not _trees.is_array(leaf):
-            continue
-        sharding = NamedSharding(mesh, spec) if isinstance(spec, PartitionSpec) else spec
-        if sharding is not None:
-            check_fit(leaf, sharding, f"in_shardings[{name!r}]")
-        out.append(sharding)
-    return out
+    found: list[tuple[str, Any, Any]] = []
+    for name, argument in (*enumerate(args), *sorted(kwargs.items())):
+        entry, place = by_name.get(name), f"{path}[{name!r}]"
+        leaves, treedef = jax.tree.flatten(argument)
+        whole: Any = treedef  # its methods are not annotated
+        try:
+            spread = jax.tree.broadcast(
+                entry, argument, is_leaf=lambda leaf: leaf is None or _is_spec(leaf)
+            )
+            pairs = list(zip(leaves, whole.flatten_up_to(spread), strict=True))
+        except ValueError as wrong:
+            raise error(
+                f"{entry!r} is no prefix of the argument's structure: {wrong}",
+                path=place,
+                fix="Give one entry for the whole argument, or one for each of its parts.",
+            ) from wrong
+        found += [(place, leaf, each) for leaf, each in pairs if _trees.is_array(leaf)]
+    return found
 
 
 def check_fit(array: Any, sharding: Any, path: str = "in_shardings") -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from linsey.ir import EmitError, Graph, Values, encode
 from linsey.runtime.executable import Executable
+from linsey.runtime.exported._fields import Fields
 from linsey.runtime.exported._jax import is_readable
 from linsey.runtime.exported._make import interface_of, make
 from linsey.runtime.exported._record import (
@@ -20,6 +21,7 @@ from linsey.runtime.exported._run import StoredRunner
 
 __all__ = [
     "Export",
+    "Fields",
     "Interface",
     "StoredProgram",
     "StoredRunner",

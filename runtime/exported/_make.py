@@ -23,8 +23,9 @@ from linsey.ir import (
 from linsey.runtime.executable import Executable
 from linsey.runtime.exported import _jax
 from linsey.runtime.exported._private import on_any_mesh
-from linsey.runtime.exported._record import Export, Interface, StoredProgram
+from linsey.runtime.exported._record import Export, Interface, StoredProgram, as_data
 from linsey.runtime.exported._sizes import Dims
+from linsey.runtime.inputs import entries
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,21 @@ def interface_of(export: Export, graph: Graph) -> Interface:
 
     Raises:
         EmitError: there are no sample inputs, or something that is asked cannot be read.
+        FormatError: a static argument cannot be data.
     """
     args, kwargs = _sample(export, graph)
     arguments = _trees.Arguments.split(args, kwargs)
     marked = arguments.merge(tuple(map(_Mark, range(len(arguments.dynamic)))))
     holes = Encoder(lambda obj: Hole(index=obj.index) if isinstance(obj, _Mark) else None)
     kinds = list(map(_trees.tensor_type, map(_canonical, arguments.dynamic)))
-    specs = _specs(export.dynamic, args, kwargs)
+    specs = entries(export.dynamic, args, kwargs, "dynamic", EmitError)
     inputs = tuple(
         (kind.dtype, _dims(path, spec, kind))
-        for kind, (path, spec) in zip(kinds, specs, strict=True)
+        for kind, (path, _, spec) in zip(kinds, specs, strict=True)
     )
     return Interface(
         method=export.method,
-        arguments=holes(marked),
+        arguments=as_data(holes(marked)),
         inputs=inputs,
         constraints=_texts(export.constraints),
         keys=_keys(export, graph),
@@ -84,50 +86,6 @@ def _canonical(array: Any) -> Any:
     return _trees.shape_struct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
-def _specs(dynamic: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """For each array among the arguments, its place and what ``dynamic`` says of it.
-
-    Raises:
-        EmitError: ``dynamic`` has another structure than the arguments.
-    """
-    if isinstance(dynamic, tuple | list):
-        by_name: Mapping[Any, Any] = dict(enumerate(dynamic))
-    elif isinstance(dynamic, Mapping):
-        by_name = dynamic
-    else:
-        by_name = dict.fromkeys([*range(len(args)), *kwargs], dynamic)
-    unknown = [name for name in by_name if name not in kwargs and name not in range(len(args))]
-    if unknown:
-        raise EmitError(
-            f"there is an entry for {unknown[0]!r}; the call has {len(args)} positional arguments"
-            f" and the keywords {sorted(kwargs)}",
-            path="dynamic",
-            fix="Give an entry for each positional argument, or a dict by position and keyword.",
-        )
-    found: list[tuple[str, Any]] = []
-    for name, argument in (*enumerate(args), *sorted(kwargs.items())):
-        path = f"dynamic[{name!r}]"
-        try:
-            spread = jax.tree.broadcast(by_name.get(name), argument, is_leaf=_is_none)
-        except ValueError as error:
-            raise EmitError(
-                f"{by_name.get(name)!r} is no prefix of the argument's structure: {error}",
-                path=path,
-                fix='Give one text for the whole argument, such as "batch, ...", or one for each'
-                " of its parts.",
-            ) from error
-        leaves = jax.tree.leaves(argument)
-        entries = jax.tree.leaves(spread, is_leaf=_is_none)
-        found += [
-            (path, s) for leaf, s in zip(leaves, entries, strict=True) if _trees.is_array(leaf)
-        ]
-    return found
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
-
-
 def _dims(path: str, spec: Any, kind: TensorType) -> Dims:
     if spec is None:
         return kind.shape
@@ -151,11 +109,10 @@ def _keys(export: Export, graph: Graph) -> tuple[tuple[str, str], ...]:
             return ()
         drawn = {s.name for s in graph.streams if s.derivation == "path" and s.use == "call"}
         return tuple((name, default) for name in sorted(drawn))
-    if isinstance(export.rngs, str):
-        return ((export.rngs, default),)
-    if isinstance(export.rngs, list | tuple | set | frozenset):
-        return tuple((name, default) for name in sorted(export.rngs))
-    keys = sorted(_trees.key_dict(export.rngs).items())
+    given = (export.rngs,) if isinstance(export.rngs, str) else export.rngs
+    if isinstance(given, list | tuple | set | frozenset):
+        given = dict.fromkeys(given, 0)
+    keys = sorted(_trees.key_dict(given).items())
     named = ((name, str(key.dtype)) for name, key in keys)
     return tuple((name, dtype if dtype.startswith("key<") else default) for name, dtype in named)
 

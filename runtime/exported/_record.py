@@ -178,6 +178,16 @@ def dump_records(programs: Sequence[StoredProgram]) -> bytes:
     return dumps(Graph(nodes=tuple(nodes)))
 
 
+def as_data(arguments: AttrValue) -> AttrValue:
+    """Arguments as a file gives them: without the objects that they were made from.
+
+    Raises:
+        FormatError: a static argument cannot be data; the message says which.
+    """
+    node = Node(op="program", attrs=(("arguments", arguments),))
+    return loads(dumps(Graph(nodes=(node,)))).nodes[0].attrs[0][1]
+
+
 def load_records(
     data: bytes, sources: Sequence[Callable[[], bytes]], trusts: Callable[[str], bool]
 ) -> tuple[StoredProgram, ...]:

@@ -13,6 +13,7 @@ from linsey import _trees
 from linsey.backends import Called, SharedCalls
 from linsey.ir import Decoder, EmitError, FormatError, Graph, LinseyError, ValuesError, slot_index
 from linsey.runtime.exported import _jax
+from linsey.runtime.exported._fields import standing_in
 from linsey.runtime.exported._record import StoredProgram
 from linsey.runtime.exported._sizes import evaluate, names, shape_text, solve
 
@@ -69,18 +70,20 @@ class _Program:
 
     def __init__(self, stored: StoredProgram) -> None:
         self.stored = stored
+        self._arguments = standing_in(stored.arguments)
+        self._output = standing_in(stored.output)
         self._exported: Any = None
 
     def mismatch(self, arguments: _trees.Arguments) -> str | None:
         """Why it cannot take these arguments; None: it can."""
         shapes = [_trees.shape_struct((), np.dtype(bool)) for _ in self.stored.inputs]
         try:
-            args, kwargs = Decoder(holes=tuple(shapes))(self.stored.arguments)
+            args, kwargs = Decoder(holes=tuple(shapes))(self._arguments)
         except LinseyError as error:
             return f"its arguments cannot be made: {error}"
         own = _trees.Arguments.split(args, kwargs)
         if own.treedef != arguments.treedef:
-            return "the call has other arguments"
+            return f"the call has other arguments{self._hint()}"
         for (at, expected), (place, found) in zip(own.static, arguments.static, strict=False):
             if (at, type(expected), expected) != (place, type(found), found):
                 return f"found the static argument {found!r}, expected {expected!r}"
@@ -91,6 +94,11 @@ class _Program:
             if kind.dtype != dtype or len(kind.shape) != len(dims):
                 return f"found {kind}, expected {shape_text(dtype, dims)}"
         return self._wrong_size([array.shape for array in arguments.dynamic])
+
+    def _hint(self) -> str:
+        if self._arguments == self.stored.arguments:
+            return ""
+        return ", or objects of a package that is not trusted: linsey.load(path, trust=[...])"
 
     def _wrong_size(self, shapes: Sequence[tuple[Any, ...]]) -> str | None:
         pairs = []
@@ -145,7 +153,7 @@ class _Program:
         after, new = list(arrays), iter(flat[len(flat) - count :])
         for position in positions:
             after[position] = jax.tree.map(lambda _: next(new), arrays[position])
-        output = Decoder(holes=tuple(flat[: len(flat) - count]))(self.stored.output)
+        output = Decoder(holes=tuple(flat[: len(flat) - count]))(self._output)
         if not self.stored.capture:
             return Called(output=output, arrays=after)
         result, captured = output

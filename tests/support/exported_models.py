@@ -1,11 +1,11 @@
 """Models for exported programs, which another process must not be able to import."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import core, nnx, struct
 from flax import linen as nn
-from flax import nnx
 from jax.sharding import PartitionSpec
 
 
@@ -57,6 +57,31 @@ class Attention(nn.Module):
         mask = nn.make_causal_mask(x[..., 0])
         x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x), mask=mask)
         return nn.LayerNorm()(x).mean(1)
+
+
+@struct.dataclass
+class Output:
+    """A result of a class of its own."""
+
+    hidden: Any
+    pair: Any
+    none: Any = None
+
+
+class Pair(NamedTuple):
+    """A named tuple."""
+
+    first: Any
+    second: Any
+
+
+class Typed(nn.Module):
+    """Takes and gives objects of classes."""
+
+    @nn.compact
+    def __call__(self, pair: Pair, extra: Any = None) -> Output:
+        hidden = nn.Dense(4)(pair.first + pair.second)
+        return Output(hidden=core.freeze({"x": hidden}), pair=Pair(hidden, [hidden]))
 
 
 class Odd(nn.Module):
