@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeAlias
 
 import jax
+import ml_dtypes
+import numpy as np
 
 from linsey import _trees
 from linsey.ir import LinseyError, Slot, TensorType, TreeType
@@ -64,3 +67,16 @@ def is_key(kind: TensorType) -> bool:
 def key_impl(kind: TensorType) -> str:
     """The implementation of typed PRNG keys, as ``jax.random.key`` takes it."""
     return _trees.KEY_IMPLS[kind.dtype]
+
+
+@functools.cache
+def host_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of numpy, or of ml_dtypes, by its name.
+
+    Raises:
+        TypeError: there is none, or it holds objects.
+    """
+    found = np.dtype(getattr(ml_dtypes, name, name))
+    if found.hasobject:
+        raise TypeError(f"{name} holds objects")
+    return found

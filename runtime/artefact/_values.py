@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import msgpack
 import numpy as np
 
@@ -27,6 +25,7 @@ from linsey.ir import (
 from linsey.runtime._leaves import (
     NUMBERS,
     Types,
+    host_dtype,
     is_key,
     key_impl,
     leaf_name,
@@ -90,25 +89,24 @@ def _stored(name: str, kind: TensorType, leaf: Any) -> Stored:
         data = jax.random.key_data(leaf)
         return Stored(name=name, dtype="uint32", shape=data.shape, get=lambda: np.asarray(data))
     if kind.dtype in CODES:
-        return Stored(
-            name=name, dtype=kind.dtype, shape=kind.shape, get=lambda: _host(leaf, kind.dtype)
-        )
-    dtype = _dtype(kind.dtype)
-    if dtype is None:
+        return Stored(name=name, dtype=kind.dtype, shape=kind.shape, get=lambda: _host(leaf))
+    try:
+        size = math.prod(kind.shape) * host_dtype(kind.dtype).itemsize
+    except TypeError as error:
         raise FormatError(
             f"found an array of dtype {kind.dtype}, which cannot be written",
             path=name,
             fix="Cast it before saving.",
-        )
+        ) from error
     return Stored(
         name=name,
         dtype="uint8",
-        shape=(math.prod(kind.shape) * dtype.itemsize,),
-        get=lambda: _host(leaf, kind.dtype).reshape(-1).view(np.uint8),
+        shape=(size,),
+        get=lambda: _host(leaf).reshape(-1).view(np.uint8),
     )
 
 
-def _host(leaf: Any, dtype: str) -> np.ndarray[Any, Any]:
+def _host(leaf: Any) -> np.ndarray[Any, Any]:
     array = np.ascontiguousarray(np.asarray(leaf))
     return array if array.dtype.byteorder != ">" else array.astype(array.dtype.newbyteorder("<"))
 
@@ -121,15 +119,6 @@ def _number(name: str, leaf: Any) -> np.ndarray[Any, Any]:
             f"{leaf} does not fit into 64 bits with sign", path=name, fix="Save it as a float."
         )
     return array
-
-
-@functools.cache
-def _dtype(name: str) -> np.dtype[Any] | None:
-    try:
-        found = np.dtype(getattr(ml_dtypes, name, name))
-    except TypeError:
-        return None
-    return None if found.hasobject else found
 
 
 class MappedValues(Values):
@@ -224,7 +213,7 @@ class MappedValues(Values):
             return complex(*number) if kind.dtype == "complex" else NUMBERS[kind.dtype](number)
         if is_key(kind):
             return jax.random.wrap_key_data(jnp.asarray(array), impl=key_impl(kind))
-        dtype: Any = _dtype(kind.dtype)
+        dtype = host_dtype(kind.dtype)
         return array if kind.dtype in CODES else array.view(dtype).reshape(kind.shape)
 
 
@@ -255,12 +244,11 @@ def _read_index(graph: Graph, container: Container) -> list[Types]:
     for key, slot in zip(keys, graph.slots, strict=True):
         found = stored_types.get(key)
         # Nothing is decoded here: what the graph names is not to be imported yet.
-        count = len(slot.type.leaves) if isinstance(slot.type, TreeType) else 1
-        if (
-            found is None
-            or len(found) != count
-            or (count == 1 and "" not in found and not isinstance(slot.type, TreeType))
-        ):
+        if isinstance(slot.type, TreeType):
+            is_whole = found is not None and len(found) == len(slot.type.leaves)
+        else:
+            is_whole = found is not None and list(found) == [""]
+        if found is None or not is_whole:
             raise container.damaged(f"{key} is not there")
         for place, kind in found.items():
             _check_leaf(container, names, slot, leaf_name(key, place), kind)
@@ -274,10 +262,11 @@ def _check_leaf(
         raise container.damaged(f"{name} is not there")
     if kind.dtype in NUMBERS or is_key(kind):
         return
-    dtype = _dtype(kind.dtype)
-    is_known = dtype is not None and all(size >= 0 for size in kind.shape)
-    size = math.prod(kind.shape) * dtype.itemsize if dtype is not None else -1
-    if not is_known or size != container.size(name):
+    try:
+        size = math.prod(kind.shape) * host_dtype(kind.dtype).itemsize
+    except TypeError:
+        size = -1
+    if min(kind.shape, default=0) < 0 or size != container.size(name):
         raise container.damaged(f"{name} is not {kind}")
     if isinstance(slot.type, TensorType) and slot.type.shape != kind.shape:
         raise container.damaged(f"{name} is {kind}, and its slot {slot.type}")

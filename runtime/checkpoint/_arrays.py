@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Sharding
 
 from linsey.ir import CheckpointError, LinseyError, TensorType
-from linsey.runtime._leaves import NUMBERS, is_key, key_impl, leaf_name
+from linsey.runtime._leaves import NUMBERS, host_dtype, is_key, key_impl, leaf_name
 from linsey.runtime.checkpoint._document import Stored, damaged, foreign, parse
 from linsey.runtime.checkpoint._report import Source
 
@@ -222,7 +221,7 @@ def _restore_args(target: Target) -> ocp.RestoreArgs:
         # Orbax knows the implementation; shape and dtype would be those of the key data.
         return ocp.ArrayRestoreArgs(sharding=target.sharding)
     return ocp.ArrayRestoreArgs(
-        sharding=target.sharding, global_shape=kind.shape, dtype=_dtype(kind)
+        sharding=target.sharding, global_shape=kind.shape, dtype=host_dtype(kind.dtype)
     )
 
 
@@ -230,18 +229,16 @@ def _is_host(kind: TensorType) -> bool:
     """Whether it stays on the host: a Python number, or 64 bits that jax would cut to 32."""
     if kind.dtype in NUMBERS:
         return True
-    return not is_key(kind) and jax.dtypes.canonicalize_dtype(_dtype(kind)) != _dtype(kind)
-
-
-def _dtype(kind: TensorType) -> np.dtype[Any]:
-    return np.dtype(getattr(ml_dtypes, kind.dtype, kind.dtype))
+    return not is_key(kind) and jax.dtypes.canonicalize_dtype(host_dtype(kind.dtype)) != host_dtype(
+        kind.dtype
+    )
 
 
 def _finished(arrays: Mapping[str, Any], target: Target) -> Any:
     array, kind = arrays[target.source.name], target.source.wanted
     if kind.dtype in NUMBERS:
         return NUMBERS[kind.dtype](array.item())
-    return array.astype(_dtype(kind)) if _is_host(kind) else array
+    return array.astype(host_dtype(kind.dtype)) if _is_host(kind) else array
 
 
 def _empty(target: Target) -> Any:
@@ -250,7 +247,7 @@ def _empty(target: Target) -> Any:
     if is_key(kind):
         keys = jax.random.split(jax.random.key(0, impl=key_impl(kind)), kind.shape)
         return jax.device_put(keys, target.sharding)
-    array = np.zeros(kind.shape, _dtype(kind))
+    array = np.zeros(kind.shape, host_dtype(kind.dtype))
     if _is_host(kind):
         return array
     return jax.make_array_from_callback(kind.shape, target.sharding, lambda at: array[at])
