@@ -84,25 +84,24 @@ def write(path: Path, arrays: Sequence[Stored]) -> None:
     header = _header(order)
     with _replacing(path) as file, ThreadPoolExecutor(max_workers=1) as pool:
         file.write(header)
-        checks = bytearray()
-        for each in order:
-            array = np.ascontiguousarray(each.get())
-            data = array.reshape(-1).view(np.uint8).data
-            check = 0
-            for start in range(0, len(data), _CHUNK):
-                check = _write_piece(file, data[start : start + _CHUNK], check, pool)
-            checks += struct.pack("<I", check)
+        found = [_write_array(file, each.get(), pool) for each in order]
+        checks = struct.pack(f"<{len(found)}I", *found)
         file.write(checks + hashlib.sha256(header + checks).digest())
 
 
-def _write_piece(file: Any, piece: memoryview, check: int, pool: Executor) -> int:
-    """Writes a piece of an array, and gives its checksum after that of the pieces before."""
-    if len(piece) < _LARGE:
+def _write_array(file: Any, array: np.ndarray[Any, Any], pool: Executor) -> int:
+    """Writes an array, and gives its checksum."""
+    if array.nbytes < _LARGE:
+        whole = array.tobytes()
+        file.write(whole)
+        return zlib.crc32(whole)
+    data, check = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, 0
+    for start in range(0, len(data), _CHUNK):
+        piece = data[start : start + _CHUNK]
+        later = pool.submit(zlib.crc32, piece, check)  # beside the writing: it takes half as long
         file.write(piece)
-        return zlib.crc32(piece, check)
-    found = pool.submit(zlib.crc32, piece, check)  # beside the writing: it takes half as long
-    file.write(piece)
-    return found.result()
+        check = later.result()
+    return check
 
 
 def _header(order: Sequence[Stored]) -> bytes:
