@@ -251,6 +251,7 @@ AttrValue: TypeAlias = (
     | Live
 )
 Attrs: TypeAlias = tuple[tuple[str | int, AttrValue], ...]
+_MAX_SHOWN = 4
 
 
 def describe(value: AttrValue, depth: int = 8) -> str:
@@ -293,6 +294,10 @@ def describe(value: AttrValue, depth: int = 8) -> str:
                 for key, item in value.items
             )
             return f"{{{inner}}}"
+        case Instance(cls=Call(function=Ref(name="linsey.ir.objects:ByState"), args=(kind,))):
+            shown = _describe_fields(value.fields[:_MAX_SHOWN], inner_depth)
+            more = ", …" if len(value.fields) > _MAX_SHOWN else ""
+            return f"{describe(kind, inner_depth)}({shown}{more})"
         case Instance():
             return (
                 f"{describe(value.cls, inner_depth)}({_describe_fields(value.fields, inner_depth)})"

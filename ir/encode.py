@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +28,15 @@ from linsey.ir.attributes import (
     Ref,
     Sequence,
 )
-from linsey.ir.closures import closure_call, reference, tuple_call
+from linsey.ir.closures import closure_call, multi_steps_fields, reference, tuple_call
+from linsey.ir.objects import ByState, plain_state
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, types.EllipsisType)
 _SEQUENCES: dict[type, str] = {tuple: "tuple", list: "list", set: "set", frozenset: "frozenset"}
 _MAX_DEPTH = 64
 _MAX_ARRAY = 4096
 _MAX_VALUES = 100_000
+_MAX_STATE = 10_000
 
 
 class _TooLarge(Exception):
@@ -68,6 +71,8 @@ class Encoder:
         self._open: set[int] = set()
         self._met: set[int] = set()
         self._left = _MAX_VALUES
+        self._opaque: dict[int, Any] = {}
+        self._is_inside = False
 
     def __call__(self, obj: Any, depth: int = 0) -> AttrValue:
         """Encodes one object; what cannot be data becomes `Live`."""
@@ -131,41 +136,119 @@ class Encoder:
             return Map(cls=again(type(obj)), items=pairs, live=live)
         if isinstance(obj, np.ndarray | np.generic) or _is_jax_array(obj):
             return _array(obj)
-        made = tuple_call(obj, again)
+        with self._apart():
+            made = tuple_call(obj, again)
         if made is not None:
             return made
         fields = _constructor_fields(obj)
+        if fields is None:
+            fields = multi_steps_fields(obj, again)
         if fields is not None:
             return self._instance(obj, fields, again)
         if isinstance(obj, types.FunctionType):
             # Layers share their default initialisers: each is recognised once.
             if id(obj) not in self._closures:
-                self._closures[id(obj)] = (obj, closure_call(obj, again))
+                with self._apart():
+                    self._closures[id(obj)] = (obj, closure_call(obj, again))
             made = self._closures[id(obj)][1]
             if made is not None:
                 return made
-        return _live_value(obj, self, depth)
+        if isinstance(obj, types.MethodType):
+            bound = self._method(obj, again)
+            if bound is not None:
+                return bound
+        return self._plain(obj, again) or _live_value(obj, self, depth)
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Inside the block, objects that the value holds elsewhere are given with all fields.
+
+        What is encoded there may only be compared, or be kept for another value.
+        """
+        met, self._met = self._met, set()
+        try:
+            yield
+        finally:
+            self._met = met
+
+    def _method(self, obj: types.MethodType, again: Callable[[Any], AttrValue]) -> Call | None:
+        """A method of an object that is data; None for those of modules, which are nodes."""
+        function = reference(obj.__func__)
+        if function is None or self._special(obj.__self__) is not None:
+            return None
+        owner = again(obj.__self__)
+        if isinstance(owner, Live):
+            return None
+        maker = Ref(name="types:MethodType", live=types.MethodType)
+        return Call(function=maker, args=(function, owner), live=obj)
+
+    def _plain(self, obj: Any, again: Callable[[Any], AttrValue]) -> AttrValue | None:
+        """A plain object by its state, where all of that is data; None for others."""
+        state = None if id(obj) in self._opaque else plain_state(obj)
+        cls = None if state is None else reference(type(obj))
+        if state is None or cls is None:
+            return None
+        by_state = Ref(name="linsey.ir.objects:ByState", live=ByState)
+        made_by = Call(function=by_state, args=(cls,), live=ByState(type(obj)))
+        is_outer, left, met = not self._is_inside, self._left, set(self._met)
+        budget = min(left, _MAX_STATE) if is_outer else left
+        self._is_inside, self._left = True, budget
+        value: Instance | Live | None = None
+        try:
+            value = self._instance(obj, list(state.items()), again, made_by)
+        except _TooLarge:
+            if not is_outer:
+                raise
+        finally:
+            if is_outer:
+                self._is_inside, self._left = False, left - (budget - max(self._left, 0))
+        if value is not None and not _holds_live(value):
+            return value
+        self._opaque[id(obj)] = obj
+        self._met = met
+        if is_outer:
+            self._left = left
+        return None
 
     def _instance(
-        self, obj: Any, fields: list[tuple[str, Any]], again: Callable[[Any], AttrValue]
-    ) -> AttrValue:
+        self,
+        obj: Any,
+        fields: list[tuple[str, Any]],
+        again: Callable[[Any], AttrValue],
+        cls: AttrValue | None = None,
+    ) -> Instance | Live:
         """An instance by its fields; met again inside one value, by its number alone."""
         share = self._share(obj)
         if share in self._open:  # it holds itself
             return Live(key=("cycle", share), text=type(obj).__qualname__, live=obj)
         if share in self._met:
-            return Instance(cls=again(type(obj)), fields=(), share=share, live=obj)
+            return Instance(cls=cls or again(type(obj)), fields=(), share=share, live=obj)
         self._open.add(share)
         try:
             encoded = tuple((name, again(value)) for name, value in fields)
         finally:
             self._open.discard(share)
         self._met.add(share)
-        return Instance(cls=again(type(obj)), fields=encoded, share=share, live=obj)
+        return Instance(cls=cls or again(type(obj)), fields=encoded, share=share, live=obj)
 
     def _share(self, obj: Any) -> int:
         """A number for `obj`, the same each time that this very object is met."""
         return self._shared.setdefault(id(obj), (obj, len(self._shared)))[1]
+
+
+def _holds_live(value: Any) -> bool:
+    """Whether a part of a value is what cannot be data."""
+    if isinstance(value, tuple):
+        return any(map(_holds_live, value))
+    if isinstance(value, Live):
+        return True
+    if not dataclasses.is_dataclass(value):
+        return False
+    return any(
+        _holds_live(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+        if field.name != "live"
+    )
 
 
 def _is_jax_array(obj: Any) -> bool:
@@ -187,7 +270,9 @@ def _placed(obj: Any) -> tuple[str, tuple[Any, ...]] | None:
             ids = tuple(device.id for device in obj.devices.flat)
             return "mesh", (*_axes(obj), ids)
         case "AbstractMesh":
-            return "mesh", (*_axes(obj), ())
+            device = getattr(obj, "abstract_device", None)
+            kind = device and (device.device_kind, device.num_cores, device.platform)
+            return "mesh", (*_axes(obj), (), *((kind,) if kind else ()))
         case "NamedSharding":
             return "named_sharding", (obj.mesh, obj.spec, obj.memory_kind)
         case "P" | "PartitionSpec":

@@ -13,7 +13,7 @@ NAMES = frozenset(
     {
         *(f"builtins:{name}" for name in (*_BUILTINS, "set", "slice", "str", "tuple")),
         *("collections:OrderedDict", "collections:defaultdict", "collections:deque"),
-        *("functools:partial", "types:MappingProxyType", "types:NoneType"),
+        *("functools:partial", "types:MappingProxyType", "types:MethodType", "types:NoneType"),
     }
 )
 """The names of Python's own library that every loaded program may name: they run no code."""

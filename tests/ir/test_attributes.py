@@ -9,6 +9,7 @@ import operator
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,6 +93,58 @@ class Outer:
 
 class Opaque:
     """Neither importable nor a dataclass."""
+
+
+class Rope:
+    """Its constructor computes; what it computed is its state."""
+
+    def __init__(self, size: int, name: str = "rope") -> None:
+        self.name = name
+        self.table = np.arange(size) / 3
+        self.options = {"size": size, "inner": Frozen("a")}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "frozen":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+    def turned(self, x: Any) -> Any:
+        return x * self.table
+
+    def __call__(self, x: Any) -> Any:
+        return self.turned(x)
+
+
+class Slotted:
+    __slots__ = ("__dict__", "x")
+
+    def __init__(self) -> None:
+        self.x, self.y = 1, 2
+
+
+class Pickled(Rope):
+    def __getstate__(self) -> Any:
+        return {}
+
+
+class Made(Rope):
+    def __new__(cls, *args: Any) -> Any:
+        return super().__new__(cls)
+
+
+class Closed(Rope):
+    def __del__(self) -> None:
+        pass
+
+
+class Named(Rope):
+    """Equal to others of its name."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Named) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 
 class Unhashable:
@@ -491,6 +544,101 @@ def test_a_changed_object_is_another_value() -> None:
     assert encode(config) != before
 
 
+# plain objects
+
+
+def test_a_plain_object_is_its_state() -> None:
+    rope = Rope(4)
+    vars(rope)["frozen"] = True
+    value = encode(rope)
+    assert isinstance(value, Instance)
+    assert describe(value) == (
+        "Rope(name='rope', table=numpy.float64[4], options={'size': 4, 'inner': Frozen(name='a',"
+        " sizes=())}, frozen=True)"
+    )
+    assert decode(value) is rope
+    found = decode(stripped(value))
+    assert type(found) is Rope
+    assert list(vars(found)) == ["name", "table", "options", "frozen"]
+    assert_same(found.table, rope.table)
+    assert found.options == rope.options
+    assert found.options is not rope.options
+    assert encode(found) == value
+    assert hash(encode(found)) == hash(value)
+    rope.name = "other"
+    assert encode(rope) != value
+    assert "name='other'" in describe(encode(rope))
+
+
+def test_a_plain_object_stays_one_object() -> None:
+    rope = Rope(2)
+    objects = [rope, (rope, rope.turned), functools.partial(rope, 3), Rope(2)]
+    first, (second, turned), partial, other = decode(stripped(encode(objects)))
+    assert first is second
+    assert first is turned.__self__
+    assert first is partial.func
+    assert first is not other
+    assert_same(turned(2.0), rope.turned(2.0))
+    assert_same(partial(), rope(3))
+
+
+def test_a_plain_object_of_many_attributes_is_shown_in_part() -> None:
+    rope = Rope(2)
+    for number in range(9):
+        setattr(rope, f"attribute_{number}", number)
+    text = describe(encode(rope))
+    assert text.endswith(", attribute_0=0, …)")
+    assert_equal(vars(decode(stripped(encode(rope))))["attribute_8"], 8)
+
+
+@pytest.mark.parametrize("cls", [Slotted, Pickled, Made, Closed, Opaque, Unhashable])
+def test_an_object_that_is_more_than_its_state_is_no_data(cls: Any) -> None:
+    obj = cls(3) if issubclass(cls, Rope) else cls()
+    assert isinstance(encode(obj), Live)
+
+
+@pytest.mark.parametrize(
+    "part", [lambda: threading.Lock(), lambda: lambda x: x, Opaque, lambda: np.zeros(5000)]
+)
+def test_an_object_with_a_part_that_is_no_data_compares_as_it_says(part: Any) -> None:
+    first, second = Named(2), Named(3)
+    first.part, second.part = part(), part()
+    assert isinstance(encode(first), Live)
+    assert encode(first) == encode(second)
+    value = encode([first, Frozen("a"), first])
+    assert [type(item) for item in value.items] == [Live, Instance, Live]
+    deep = Named(1)
+    deep.options["below"] = (first, 1)
+    assert isinstance(encode(deep), Live)
+    assert encode(Rope(3)) == encode(Rope(3))
+
+
+def test_an_object_that_holds_the_whole_world_leaves_the_rest_as_it_was() -> None:
+    world, config = Rope(1), Config(4)
+    world.options = {"config": config, "all": [Rope(1) for _ in range(5000)]}
+    encoder = Encoder()
+    for _ in range(100):  # it is gone through once
+        value = encoder([world, config, Rope(2)])
+    assert [type(item) for item in value.items] == [Live, Instance, Instance]
+    assert value.items[1].fields
+
+
+def test_a_plain_object_that_holds_itself_is_no_data() -> None:
+    first, second = Rope(1), Rope(2)
+    first.other, second.other = second, first
+    assert [type(item) for item in encode((first, second)).items] == [Live, Live]
+
+
+def test_a_class_whose_objects_are_no_longer_plain() -> None:
+    value = stripped(encode(Rope(1)))
+    changed = dataclasses.replace(
+        value,
+        cls=dataclasses.replace(value.cls, args=(Ref(name=f"{__name__}:Slotted"),)),
+    )
+    with pytest.raises(LinseyError, match=r"at .*:Slotted: found a class whose objects are more"):
+        decode(changed)
+
+
 # arrays
 
 
@@ -633,7 +781,44 @@ TRANSFORMATIONS = {
     "adamw": lambda: optax.adamw(0.1, weight_decay=0.01),
     "sgd": lambda: optax.sgd(0.1, momentum=0.9),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.lion(0.1)),
+    "named_chain": lambda: optax.named_chain(("clip", optax.clip(1.0)), ("adam", optax.adam(0.1))),
+    "schedule": lambda: optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1.0, 5, 10)),
+    "schedule_up": lambda: optax.scale_by_learning_rate(
+        optax.linear_schedule(0.0, 1.0, 5), flip_sign=False
+    ),
+    "masked": lambda: optax.masked(optax.adam(0.1), {"w": True, "b": False}),
+    "masked_by_function": lambda: optax.adamw(0.1, mask=only_w),
+    "partition": lambda: optax.partition(
+        {"one": optax.adam(0.1), "two": optax.set_to_zero()}, {"w": "one", "b": "two"}
+    ),
+    "multi_transform": lambda: optax.multi_transform(
+        {True: optax.adam(optax.linear_schedule(0.1, 0.0, 5)), False: optax.sgd(0.1)}, only_w
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(
+        optax.linear_schedule(0.1, 0.0, 5), weight_decay=0.1, mask=None
+    ),
+    "inject_static": lambda: optax.inject_hyperparams(
+        optax.adamw, static_args=("mask", "b1"), hyperparam_dtype=jnp.float32
+    )(jnp.float32(0.1), b1=0.8, mask=only_w),
+    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2, momentum=0.9),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(0.1), 2),
+    "multi_steps_by_function": lambda: optax.MultiSteps(
+        optax.adam(0.1), steps, use_grad_mean=False, should_skip_update_fn=optax.skip_not_finite
+    ),
+    "multi_steps_as_functions": lambda: optax.MultiSteps(
+        optax.adafactor(0.1), 2
+    ).gradient_transformation(),
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(0.1), 3),
+    "flatten": lambda: optax.flatten(optax.radam(0.1)),
 }
+
+
+def only_w(params):
+    return {name: name == "w" for name in params}
+
+
+def steps(count):
+    return 1 + count
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -642,15 +827,40 @@ def test_an_optax_transformation_is_data_that_another_process_can_use(name):
     value = pickle.loads(pickle.dumps(encode(transformation)))
     again = decode(value)
     assert again is not transformation
+    assert encode(again) == value
+    assert type(again) is type(transformation)
 
-    params = {"w": jnp.arange(1.0, 4.0), "b": jnp.float32(2.0)}
-    for made in (transformation, again):
-        assert type(made) is type(transformation)
-    steps = [
-        made.update(jax.tree.map(jnp.sin, params), made.init(params), params)
-        for made in (transformation, again)
-    ]
-    assert_same(*steps)
+    def trained(made):
+        params = {"w": jnp.arange(1.0, 7.0).reshape(2, 3), "b": jnp.float32(2.0)}
+        state = made.init(params)
+        for _ in range(3):
+            updates, state = made.update(jax.tree.map(jnp.sin, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    assert_same(jax.jit(lambda: trained(again))(), jax.jit(lambda: trained(transformation))())
+
+
+def test_optax_transformations_differ_by_what_they_were_made_with():
+    values = [encode(make()) for make in TRANSFORMATIONS.values()]
+    assert len(set(values)) == len(values)
+    assert [encode(make()) for make in TRANSFORMATIONS.values()] == values
+
+
+def test_the_two_methods_of_one_object_are_those_of_one_object_again():
+    made = optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()
+    again = decode(stripped(encode(made)))
+    assert again.init.__self__ is again.update.__self__
+    assert again.init.__self__ is not made.init.__self__
+
+
+def test_a_transformation_that_holds_a_lambda_of_the_user_is_no_data():
+    value = encode(optax.masked(optax.adam(0.1), lambda params: params))
+    with pytest.raises(LinseyError, match="<lambda>"):
+        decode(stripped(value))
+    changed = optax.MultiSteps(optax.adam(0.1), 2)
+    changed._use_grad_mean = False  # which the constructor would have told two functions of
+    assert isinstance(encode(changed), Live)
 
 
 def test_equal_optax_transformations_are_equal_data_and_others_are_not():

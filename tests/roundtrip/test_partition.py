@@ -183,8 +183,7 @@ def test_linen_gets_its_boxes_back(name: str) -> None:
 def test_nnx_gets_its_metadata_back(name: str) -> None:
     model = NNX[name]()
     program = linsey.lower(model)
-    # flax makes a class for each sown collection, and optax closures of Adafactor: no data.
-    assert bool(left_out(program.graph)) is (name in ("sown", "optimizer"))
+    assert bool(left_out(program.graph)) is (name == "sown")  # flax makes a class for each
     assert_comes_back(name, program, "nnx")
     graphdef, state = program.emit("nnx")
     assert graphdef == nnx.graphdef(model)

@@ -12,6 +12,8 @@ BY_IDENTITY = {
     *("Dense-inits", "Conv-masked", "NANOOFp8DotGeneralOp", "Fp8DirectDotGeneralOp"),
     *("array-attribute", "Optimizer", "ModelAndOptimizer", "train-adam", "train-sgd-no-state"),
     *("train-optimizer-sharding", "train-lora-only", "train-tied", "abstract-trainer"),
+    *("train-chain", "train-masked", "train-partition", "train-multi-steps", "train-factored"),
+    *("train-inject-hyperparams", "optimizer"),
     *("to-linen-sequential", "nnx-linen-trainer", "static-attributes"),
 }
 
