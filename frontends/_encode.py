@@ -12,13 +12,14 @@ from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from linsey import _trees
-from linsey._collections import EPHEMERAL, collection_of, unboxed
+from linsey._collections import EPHEMERAL, collection_of, kind_of_collection, unboxed
 from linsey.frontends import _private
 from linsey.frontends._annotations import box_partition, variable_partition
 from linsey.ir import (
     AttrValue,
     Call,
     Const,
+    DType,
     Encoder,
     Instance,
     Live,
@@ -29,6 +30,7 @@ from linsey.ir import (
     StackAxis,
     Template,
     ValueType,
+    encode,
     format_path,
     reference,
 )
@@ -61,6 +63,10 @@ class FlaxEncoder(Encoder):
             return Live(key=obj, text="graphdef", live=obj)
         if isinstance(obj, type) and issubclass(obj, linen.Module):
             return reference(obj) or _private.transformed_class(obj, self)
+        if isinstance(obj, type) and issubclass(obj, nnx.Variable):
+            return reference(obj) or _collection_class(obj)
+        if isinstance(obj, jax.ShapeDtypeStruct | jax.core.Tracer):
+            return _abstract_array(obj)
         return None
 
     def module(self, module: linen.Module) -> Instance:
@@ -79,6 +85,40 @@ class FlaxEncoder(Encoder):
             for item in dataclasses.fields(module)
             if item.init and item.name not in ("parent", "name") and hasattr(module, item.name)
         )
+
+
+def _collection_class(kind: type[nnx.Variable[Any]]) -> Call | None:
+    """A variable class that flax made for the name of a collection, by that name."""
+    if kind.__bases__ != (nnx.Variable,) or kind.__module__.partition(".")[0] != "flax":
+        return None
+    try:
+        name = nnx.variable_name_from_type(kind)
+    except ValueError:
+        return None
+    function = Ref(name="linsey._collections:kind_of_collection", live=kind_of_collection)
+    return Call(function=function, args=(Const(name),), live=kind)
+
+
+def _abstract_array(obj: Any) -> Call | None:
+    """An array of which the shape and the dtype are all that is known, as a ShapeDtypeStruct.
+
+    An array that a model computes while it is traced, too, and hands to a submodule as a field: it
+    is another one in each call.
+    """
+    shape, dtype = tuple(obj.shape), obj.dtype
+    if isinstance(obj, jax.ShapeDtypeStruct) and (
+        obj != _trees.shape_struct(shape, dtype) or obj.weak_type
+    ):
+        return None
+    if not all(type(size) is int for size in shape):
+        return None
+    name = Ref(name="linsey._trees:dtype_of", live=_trees.dtype_of)
+    is_key = jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+    kind = Call(function=name, args=(Const(str(dtype)),)) if is_key else DType(name=dtype.name)
+    return Call(
+        function=Ref(name="jax:ShapeDtypeStruct", live=jax.ShapeDtypeStruct),
+        args=(encode(shape), kind),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

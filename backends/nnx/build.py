@@ -18,6 +18,7 @@ from linsey.backends._decode import kind_of, linen_module, metadata_of
 from linsey.backends._spec import HostSpec
 from linsey.backends.nnx.nodes import is_hosted
 from linsey.ir import (
+    Decoder,
     EmitError,
     Graph,
     Key,
@@ -68,6 +69,7 @@ class Plan:
         self.root = root
         self._entries: dict[int, _Entry] = {}
         self._kinds: dict[int, tuple[type[nnx.Variable[Any]], dict[str, Any]]] = {}
+        self._decode = Decoder()  # an object that two modules hold stays one object
         self.slots: dict[int, Path] = {}
         """Each slot below the root, with its path from there."""
         self._prepare(root, ())
@@ -99,7 +101,7 @@ class Plan:
             elif name == NAMES:
                 continue
             else:
-                entry.items.append((name, _STATIC, decode(value)))
+                entry.items.append((name, _STATIC, self._decode(value)))
         self._prepare_held(entry, node.children, node.slots, path, real_keys(node))
 
     def _prepare_host(self, entry: _Entry, number: int, node: Node, path: Path) -> None:
@@ -117,7 +119,10 @@ class Plan:
         for name, child in node.children:
             attribute = names[None, name]
             entry.items.append((attribute, _CHILD, child))
+            # Each NNX module in Linen code was lowered with numbers of its own for shared objects.
+            decode_here, self._decode = self._decode, Decoder()
             self._prepare(child, (*path, attribute))
+            self._decode = decode_here
         if node.wrapper is not None:  # streams, and state that calls made
             self._prepare_held(entry, node.wrapper.children, node.wrapper.slots, path, {})
         is_data = {str(attribute): kind != _STATIC for attribute, kind, _ in entry.items}
@@ -160,7 +165,7 @@ class Plan:
             if name == STATE:
                 entry.state = decode(value)
             else:
-                entry.items.append((name, _STATIC, decode(value)))
+                entry.items.append((name, _STATIC, self._decode(value)))
         hold = getattr(entry.cls, "linsey_hold", lambda module: ("to_nnx__module", module))
         name, held = hold(linen_module(self.graph, number))
         entry.items.append((name, _STATIC, held))

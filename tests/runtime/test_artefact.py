@@ -1,6 +1,7 @@
 """Programs as files: what is saved comes back, in this process and in others; or an error."""
 
 import fcntl
+import functools
 import json
 import os
 import random
@@ -18,12 +19,23 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
-from artefact_models import Block, Trainer
+from artefact_models import (
+    Block,
+    Options,
+    Rope,
+    Sower,
+    Trainer,
+    Turned,
+    TurnedNNX,
+    TurnedTwice,
+)
 from click.testing import CliRunner
 from compare import assert_same
 from flax import linen as nn
 from flax import nnx
+from flax.nnx import bridge
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
@@ -40,6 +52,7 @@ from linsey.ir import (
     Source,
     Template,
     ValuesError,
+    decode,
     slot_index,
 )
 from linsey.runtime.artefact import MappedValues
@@ -190,6 +203,130 @@ def test_tied_variables_and_optimizers_come_back(tmp_path: Path) -> None:
         linsey.lower(Tied(nnx.Rngs(0))).save(tmp_path / "b")
     assert "Move it to the top of a module." in str(error.value)
     assert not (tmp_path / "b").exists()
+
+
+OPTIMIZERS = {
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-2), 2),
+    "multi_steps_as_functions": lambda: optax.MultiSteps(
+        optax.adam(1e-2), 2
+    ).gradient_transformation(),
+    "masked": lambda: optax.masked(optax.sgd(1e-2, 0.9), artefact_models.biases),
+    "partition": lambda: optax.partition(
+        {True: optax.adam(1e-2), False: optax.sgd(1e-2)}, artefact_models.biases
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adamw)(
+        optax.linear_schedule(1e-2, 0.0, 5), weight_decay=0.1
+    ),
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_of_any_kind_comes_back(name: str, tmp_path: Path) -> None:
+    program = linsey.lower(Trainer(nnx.Rngs(0), OPTIMIZERS[name]()))
+    program.save(tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    assert loaded.graph == program.graph
+
+    def trained(graphdef: Any, state: Any) -> Any:
+        trainer = nnx.merge(graphdef, state)
+        for _ in range(2):
+            trainer.step(X)
+        return nnx.state(trainer)
+
+    found, expected = (
+        jax.jit(functools.partial(trained, graphdef))(state)
+        for graphdef, state in (loaded.emit("nnx"), program.emit("nnx"))
+    )
+    assert_same(jax.tree.leaves(found), jax.tree.leaves(expected))
+    again = linsey.lower(nnx.merge(*loaded.emit("nnx")))
+    assert again.graph == program.graph
+    again.save(tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_plain_objects_come_back_by_their_state(tmp_path: Path) -> None:
+    rope = Rope(8)
+    turned, turned_nnx = Turned(rope, rope.__call__), TurnedNNX(nnx.Rngs(0))
+    sources = [(turned, linsey.lower(turned, X).init(0)), (turned_nnx, linsey.lower(turned_nnx))]
+    made = Rope.made
+    for number, (source, program) in enumerate(sources):
+        path = tmp_path / str(number)
+        program.save(path)
+        loaded = load(path)
+        assert loaded.graph == program.graph
+        if source is turned:
+            module, _ = loaded.emit("linen")
+            assert module.turn.__self__ is module.rope
+            assert module.rope is not rope
+        else:
+            model = nnx.merge(*loaded.emit("nnx"))
+            assert model.turn.func is model.rope
+            assert model.rope is not turned_nnx.rope
+        found, expected = (each.compile()(each.values, X)[0] for each in (loaded, program))
+        assert_same(found, expected)
+        with pytest.raises(EmitError, match="artefact_models:Rope"):
+            linsey.load(path).compile()
+    assert Rope.made == made
+
+
+def test_plain_objects_of_two_nnx_modules_in_linen_code_stay_two(tmp_path: Path) -> None:
+    program = linsey.lower(TurnedTwice(), X).init(0)
+    program.save(tmp_path / "a")
+    for target in ("nnx", "linen"):
+        found, expected = (each.emit(target) for each in (load(tmp_path / "a"), program))
+        if target == "nnx":
+            outputs = [nnx.merge(*emitted)(X) for emitted in (found, expected)]
+        else:
+            outputs = [module.apply(variables, X) for module, variables in (found, expected)]
+        assert_same(*outputs)
+
+
+def test_collections_for_which_flax_has_no_class_come_back(tmp_path: Path) -> None:
+    model = bridge.lazy_init(bridge.ToNNX(Sower(), rngs=nnx.Rngs(0)), X)
+    program = linsey.lower(model)
+    assert {"params_axes", "seen"} <= {slot.collection for slot in program.graph.slots}
+    program.save(tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    assert loaded.graph == program.graph
+    assert_same(loaded.emit("nnx")[1], program.emit("nnx")[1])
+    code = f"""
+        import linsey
+        from flax import nnx
+        program = linsey.load({os.fspath(tmp_path / "a")!r}, trust="artefact_models")
+        for path, variable in nnx.to_flat_state(program.emit("nnx")[1]):
+            print(type(variable).__name__)
+        program.save({os.fspath(tmp_path / "b")!r})
+        assert nnx.variable_type_from_name("seen").__name__ == "seen"
+    """
+    place = os.pathsep.join([os.fspath(Path(artefact_models.__file__).parent), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": place},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    names = [type(variable).__name__ for _, variable in nnx.to_flat_state(program.emit("nnx")[1])]
+    assert result.stdout.split() == names
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_arrays_of_which_only_the_type_is_known_come_back(tmp_path: Path) -> None:
+    inputs = {"x": X, "key": jax.random.key(0), "train": True}
+    program = linsey.lower(Options(), inputs).init(0)
+    assert "'x': ShapeDtypeStruct((2, 8), float32)" in str(program)
+    program.save(tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    assert loaded.graph == program.graph == linsey.lower(Options(), inputs).graph
+    found, expected = (
+        each.compile(mutable=False)(each.values, inputs)[0] for each in (loaded, program)
+    )
+    assert_same(found, expected)
+    (_, given), *_ = loaded.graph.nodes[loaded.graph.root].signatures[0].inputs
+    again = decode(given)
+    assert again["key"].dtype == inputs["key"].dtype
+    assert (again["x"].shape, again["x"].dtype) == (X.shape, X.dtype)
 
 
 CHILD = """
