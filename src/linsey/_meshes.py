@@ -6,7 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
 
 def mesh(
@@ -14,6 +21,7 @@ def mesh(
     sizes: tuple[int, ...],
     types: tuple[str, ...],
     devices: tuple[int, ...],
+    kind: tuple[str, int | None, str] | None = None,
 ) -> Mesh | AbstractMesh:
     """A mesh; an abstract one where its devices are not there.
 
@@ -22,6 +30,7 @@ def mesh(
         sizes: their sizes.
         types: their types: ``Auto``, ``Explicit``, ``Manual``.
         devices: ids of its devices, the last axis fastest; empty: an abstract mesh.
+        kind: of an abstract mesh, what its devices are: their kind, cores and platform.
 
     Example:
         >>> mesh(("data",), (2,), ("Auto",), ()).shape["data"]
@@ -33,7 +42,8 @@ def mesh(
         held = np.array([by_id[number] for number in devices]).reshape(sizes)
         return Mesh(held, names, axis_types=kinds)
     make: Any = AbstractMesh  # its constructor is not annotated
-    return make(sizes, names, axis_types=kinds)  # type: ignore[no-any-return]
+    known = {} if kind is None else {"abstract_device": AbstractDevice(*kind)}
+    return make(sizes, names, axis_types=kinds, **known)  # type: ignore[no-any-return]
 
 
 def named_sharding(on: Any, spec: Any, memory_kind: str | None) -> NamedSharding:

@@ -23,6 +23,7 @@ from compare import assert_same
 from flax import linen as nn
 from flax import nnx
 from flax.core import FrozenDict
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from linsey.ir import (
     ABSENT,
@@ -542,6 +543,23 @@ def test_a_changed_object_is_another_value() -> None:
     before = encode(config)
     config.width = 5
     assert encode(config) != before
+
+
+# meshes
+
+
+def test_an_abstract_mesh_keeps_what_its_devices_are() -> None:
+    chip = AbstractDevice("TPU v4", 2, "tpu")
+    meshes = [
+        AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+        for device in (None, chip)
+    ]
+    values = [encode(NamedSharding(mesh, PartitionSpec("x"))) for mesh in meshes]
+    assert values[0] != values[1]
+    found = [decode(stripped(value)).mesh for value in values]
+    assert found == meshes
+    assert found[0].abstract_device is None
+    assert found[1].abstract_device == chip
 
 
 # plain objects
