@@ -11,6 +11,7 @@ from flax import nnx
 from zoo_models import ZOO, ZooModel
 
 import linsey
+from linsey.ir import Ref, encode
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("the extra `zoo` is not installed", allow_module_level=True)
@@ -22,8 +23,21 @@ def keys(names: tuple[str, ...], seed: int) -> dict[str, Any]:
     return {name: jax.random.key(seed + number) for number, name in enumerate(names)}
 
 
+def saved_and_loaded(program: linsey.Program, path: Path) -> linsey.Program:
+    """The program from a file, which may import the model's own package and no other."""
+    program.save(path)
+    source = program.graph.nodes[program.graph.root].source
+    assert source is not None
+    assert isinstance(source.cls, Ref)
+    loaded = linsey.load(path, trust=[source.cls.name.partition(".")[0]])
+    assert loaded.graph == program.graph
+    loaded.save(path.with_suffix(".again"))
+    assert path.with_suffix(".again").read_bytes() == path.read_bytes()
+    return loaded
+
+
 @pytest.mark.parametrize("entry", [z for z in ZOO if z.api == "linen"], ids=lambda z: z.name)
-def test_linen_model(entry: ZooModel) -> None:
+def test_linen_model(entry: ZooModel, tmp_path: Path) -> None:
     module = entry.build()
     args, kwargs = entry.inputs()
     init_keys = keys(entry.init_rngs, 0)
@@ -62,6 +76,15 @@ def test_linen_model(entry: ZooModel) -> None:
     for name in set(state) & set(updates):
         assert_same(state[name], updates[name])
 
+    loaded = saved_and_loaded(program, tmp_path / "model")
+    again, again_variables = loaded.emit("linen")
+    assert encode(again) == encode(module)
+    assert_same(again_variables, variables)
+    exe = loaded.compile(entry.method, mutable=mutable)
+    found, after_loaded = exe(loaded.values, *args, rngs=call_keys, **kwargs, **entry.static)
+    assert_same(found, expected)
+    assert_same(list(after_loaded.arrays), list(after.arrays))
+
     graphdef, state = program.emit("nnx")
 
     @jax.jit
@@ -74,7 +97,7 @@ def test_linen_model(entry: ZooModel) -> None:
 
 
 @pytest.mark.parametrize("entry", [z for z in ZOO if z.api == "nnx"], ids=lambda z: z.name)
-def test_nnx_model(entry: ZooModel) -> None:
+def test_nnx_model(entry: ZooModel, tmp_path: Path) -> None:
     make = entry.build()
     args, kwargs = entry.inputs()
     model = make(nnx.Rngs(0))
@@ -97,6 +120,15 @@ def test_nnx_model(entry: ZooModel) -> None:
     assert_same(found, expected)
     _, after = linsey.Program(graph=program.graph, values=values).emit("nnx")
     assert_same(after, expected_state)
+
+    loaded = saved_and_loaded(program, tmp_path / "model")
+    assert_same(loaded.emit("nnx")[1], state)
+    again = linsey.lower(nnx.merge(*loaded.emit("nnx")))
+    assert again.graph == program.graph
+    exe = loaded.compile(entry.method)
+    found, after_loaded = exe(loaded.values, *args, **kwargs, **entry.static)
+    assert_same(found, expected)
+    assert_same(list(after_loaded.arrays), list(values.arrays))
 
     module, variables = program.emit("linen")
 
