@@ -73,6 +73,7 @@ class Encoder:
         self._left = _MAX_VALUES
         self._opaque: dict[int, Any] = {}
         self._is_inside = False
+        self._is_apart = False
 
     def __call__(self, obj: Any, depth: int = 0) -> AttrValue:
         """Encodes one object; what cannot be data becomes `Live`."""
@@ -91,9 +92,9 @@ class Encoder:
         again = functools.partial(self.__call__, depth=depth + 1)
         kind = _SEQUENCES.get(type(obj))
         if kind is not None:
-            items = map(again, obj)
-            ordered = sorted(items, key=repr) if kind.endswith("set") else items
-            return Sequence(kind=kind, items=tuple(ordered))
+            if kind.endswith("set"):
+                return Sequence(kind=kind, items=tuple(sorted(self._of_set(obj, again), key=repr)))
+            return Sequence(kind=kind, items=tuple(map(again, obj)))
         if isinstance(obj, np.dtype):
             return DType(name=obj.name)
         if isinstance(obj, enum.Enum):
@@ -158,6 +159,19 @@ class Encoder:
             if bound is not None:
                 return bound
         return self._plain(obj, again) or _live_value(obj, self, depth)
+
+    def _of_set(self, items: Any, again: Callable[[Any], AttrValue]) -> list[AttrValue]:
+        """The items of a set. Objects get their numbers in an order that hashes do not decide."""
+        if not self._is_apart and any(type(item) not in _CONSTANTS for item in items):
+            each = Encoder(self._special)
+            each._is_apart = True
+            keys = []
+            for item in items:
+                each._shared.clear()
+                keys.append(repr(each(item)))
+            numbered = sorted(zip(keys, items, strict=True), key=lambda pair: pair[0])
+            items = [item for _, item in numbered]
+        return list(map(again, items))
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:

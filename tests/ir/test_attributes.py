@@ -6,6 +6,7 @@ import enum
 import functools
 import math
 import operator
+import os
 import pickle
 import subprocess
 import sys
@@ -513,6 +514,31 @@ def test_the_order_of_a_set_does_not_matter() -> None:
     assert encode(set(names)) == encode({"d", "c", "b", "a"})
     assert encode({1, 2}) != encode(frozenset({1, 2}))
     assert encode((1, 2)) != encode([1, 2])
+
+
+SETS = """
+import collections, hashlib
+from linsey.ir import Graph, Node, dumps, encode
+
+Pair = collections.namedtuple("Pair", "name size")
+pairs = frozenset(Pair(name, number % 3) for number, name in enumerate("abcdefghij"))
+graph = Graph(nodes=(Node(attrs=(("pairs", encode(pairs)),)),))
+print(hashlib.sha256(dumps(graph)).hexdigest())
+"""
+
+
+def test_the_objects_of_a_set_are_numbered_alike_in_every_process() -> None:
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", SETS],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        for seed in range(3)
+    }
+    assert len(found) == 1
 
 
 def test_one_object_stays_one_object() -> None:
