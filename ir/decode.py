@@ -6,6 +6,7 @@ import functools
 import importlib
 import operator
 import sys
+import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,11 +47,22 @@ def resolve(name: str) -> Any:
         3.141592653589793
     """
     module, _, qualname = name.partition(":")
-    loaded = sys.modules.get(module) or importlib.import_module(module)
-    found = operator.attrgetter(qualname)(loaded)
+    found: Any = sys.modules.get(module) or importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+        if isinstance(found, types.ModuleType):
+            raise LinseyError(
+                f"{part} is a module, expected something that is defined in {module}",
+                path=name,
+                fix="Name it by the module that defines it.",
+            )
     owner = getattr(found, "__module__", None)
     package = module.partition(".")[0]
-    if isinstance(owner, str) and owner.partition(".")[0] not in (package, *_SAME.get(package, ())):
+    is_foreign = isinstance(owner, str) and owner.partition(".")[0] not in (
+        *(package, *_SAME.get(package, ())),
+    )
+    # What linsey imports from itself would lead from what may be named to what may not.
+    if is_foreign or (package == "linsey" and owner not in (None, module)):
         raise LinseyError(
             f"found an object of {owner}, expected one of {package}",
             path=name,

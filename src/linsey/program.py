@@ -355,9 +355,10 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = (), check: bool
     Args:
         path: the file.
         trust: the packages or modules that the program may import from, ``["my_models"]``: those
-            of jax, flax and optax are always among them, and nothing else is. A program that names
-            others can be printed, but is neither emitted nor compiled. Importing runs code of the
-            package; name only those that you would import yourself.
+            of jax, flax, optax and numpy that compute and no more are always among them, and
+            nothing else is. A program that names others can be printed, but is neither emitted nor
+            compiled. Importing runs code of the package; name only those that you would import
+            yourself.
         check: whether the checksum of each value is compared when it is first read. That of the
             graph always is.
 

@@ -405,12 +405,28 @@ def test_a_crafted_pytree_runs_nothing_when_it_is_loaded_or_read(tmp_path: Path)
     assert not mark.exists()
 
 
-def test_a_name_that_leads_out_of_its_package(tmp_path: Path) -> None:
-    evil = Call(function=Ref(name="jax._src.config:os.getcwd"))
+@pytest.mark.parametrize(
+    ("name", "refusal"),
+    [
+        ("jax._src.config:os.getcwd", "packages that are not trusted"),
+        ("jax._src.api:np.array", "np is a module"),
+        ("jax.numpy:load", "packages that are not trusted"),
+        ("numpy:ndarray.tofile", "packages that are not trusted"),
+        ("numpy.testing:runstring", "packages that are not trusted"),
+        ("linsey.ir.decode:resolve", "packages that are not trusted"),
+        ("linsey.backends._decode:decode", "found an object of linsey.ir.decode"),
+        ("flax.linen.linear:Any", "found an object of typing, expected one of flax"),
+    ],
+)
+def test_a_name_that_leads_to_more_than_a_model_needs(
+    name: str, refusal: str, tmp_path: Path
+) -> None:
+    """What the packages that are always trusted hold besides layers and functions of arrays."""
+    evil = Call(function=Ref(name=name))
     dense = Source(dialect="linen", cls=Ref(name="flax.linen.linear:Dense"))
     graph = Graph(nodes=(Node(source=dense, attrs=(("features", evil),)),))
     linsey.Program(graph=graph).save(tmp_path / "a")
-    with pytest.raises(linsey.LinseyError, match="found an object of posix, expected one of jax"):
+    with pytest.raises(linsey.LinseyError, match=refusal):
         linsey.load(tmp_path / "a").emit("linen")
 
 
