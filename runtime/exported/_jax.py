@@ -15,6 +15,9 @@ from linsey.ir import EmitError, FormatError
 from linsey.runtime.exported._record import StoredProgram
 from linsey.runtime.exported._sizes import Dims
 
+CONSTRAINTS = 'Compare sizes by >=, <= or ==: "time <= 512", "mod(batch, 8) == 0".'
+"""What to do about a constraint that cannot be read."""
+_WEAK = " (weak)"
 _CALLBACKS = (b"python_cpu_callback", b"python_gpu_callback", b"python_callback")
 """In the names of XLA calls that enter Python through an address. jax.export writes none."""
 
@@ -72,10 +75,33 @@ def input_structs(
         raise EmitError(
             f"the constraints {list(constraints)} cannot be read: {error}",
             path="constraints",
-            fix='Compare sizes by >=, <= or ==: "time <= 512", "mod(batch, 8) == 0".',
+            fix=CONSTRAINTS,
         ) from error
+    return [
+        _struct(_shape(dims, scope), _trees.dtype_of(dtype.removesuffix(_WEAK)), _WEAK in dtype)
+        for dtype, dims in inputs
+    ]
+
+
+def struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    """An array as shape and dtype, weakly typed where it is, and lying nowhere."""
+    return _struct(leaf.shape, leaf.dtype, is_weak(leaf))
+
+
+def _struct(shape: tuple[Any, ...], dtype: Any, weak: bool) -> jax.ShapeDtypeStruct:
     make: Any = jax.ShapeDtypeStruct  # its constructor is not annotated
-    return [make(_shape(dims, scope), _trees.dtype_of(dtype)) for dtype, dims in inputs]
+    made: jax.ShapeDtypeStruct = make(shape, dtype, weak_type=weak)
+    return made
+
+
+def is_weak(array: Any) -> bool:
+    """Whether its dtype gives way to that of others, as that of a Python number does."""
+    return bool(getattr(array, "weak_type", False))
+
+
+def dtype_text(dtype: str, weak: bool) -> str:
+    """A dtype as a record holds it: ``float32``, or ``float32 (weak)``."""
+    return dtype + _WEAK * weak
 
 
 def _shape(dims: Dims, scope: Any) -> tuple[Any, ...]:

@@ -16,15 +16,17 @@ from linsey.ir import (
     Encoder,
     Graph,
     Hole,
+    Slot,
     TensorType,
     Values,
     encode,
 )
+from linsey.runtime._leaves import NUMBERS
 from linsey.runtime.executable import Executable
 from linsey.runtime.exported import _jax
 from linsey.runtime.exported._private import on_any_mesh
 from linsey.runtime.exported._record import Export, Interface, StoredProgram, as_data
-from linsey.runtime.exported._sizes import Dims
+from linsey.runtime.exported._sizes import Dims, check, names
 from linsey.runtime.inputs import entries
 
 
@@ -45,16 +47,25 @@ def interface_of(export: Export, graph: Graph) -> Interface:
     marked = arguments.merge(tuple(map(_Mark, range(len(arguments.dynamic)))))
     holes = Encoder(lambda obj: Hole(index=obj.index) if isinstance(obj, _Mark) else None)
     kinds = list(map(_trees.tensor_type, map(_canonical, arguments.dynamic)))
+    weak = map(_jax.is_weak, arguments.dynamic)
     specs = entries(export.dynamic, args, kwargs, "dynamic", EmitError)
     inputs = tuple(
-        (kind.dtype, _dims(path, spec, kind))
-        for kind, (path, _, spec) in zip(kinds, specs, strict=True)
+        (_jax.dtype_text(kind.dtype, is_weak), _dims(path, spec, kind))
+        for kind, is_weak, (path, _, spec) in zip(kinds, weak, specs, strict=True)
     )
+    constraints = _texts(export.constraints)
+    _check_names(constraints, {dim for _, dims in inputs for dim in dims if isinstance(dim, str)})
+    if export.vjp_order not in (0, 1):
+        raise EmitError(
+            f"found {export.vjp_order!r}, expected 0 or 1",
+            path="vjp_order",
+            fix="jax.export keeps first derivatives, and no others.",
+        )
     return Interface(
         method=export.method,
         arguments=as_data(holes(marked)),
         inputs=inputs,
-        constraints=_texts(export.constraints),
+        constraints=constraints,
         keys=_keys(export, graph),
         mutable=encode(export.mutable),
         capture=_texts(export.capture),
@@ -65,6 +76,28 @@ def interface_of(export: Export, graph: Graph) -> Interface:
 
 def _texts(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _check_names(constraints: tuple[str, ...], dims: set[str]) -> None:
+    """Checks that constraints are of sizes that there are.
+
+    Raises:
+        EmitError: one cannot be read, or names another size.
+    """
+    known = {name for dim in dims for name in names(dim)}
+    for text in constraints:
+        try:
+            check(text)
+            unknown = sorted(names(text) - known)
+        except ValueError as error:
+            raise EmitError(str(error), path="constraints", fix=_jax.CONSTRAINTS) from error
+        if unknown:
+            raise EmitError(
+                f"{text!r} names {unknown[0]!r}; the symbolic sizes are:"
+                f" {', '.join(sorted(known)) or 'none'}",
+                path="constraints",
+                fix="Name it by dynamic=, or leave the constraint out.",
+            )
 
 
 def _sample(export: Export, graph: Graph) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -143,7 +176,7 @@ def make(
     traced = exe.function(arguments)
     slots = _slot_structs(graph, values)
     leaves, structure = jax.tree.flatten(slots)
-    keys = [_trees.shape_struct((), _trees.dtype_of(dtype)) for _, dtype in interface.keys]
+    rngs = [_trees.shape_struct((), _trees.dtype_of(dtype)) for _, dtype in interface.keys]
     seen: list[tuple[AttrValue, tuple[str, ...]]] = []
 
     def flat(*flattened: Any) -> tuple[Any, ...]:
@@ -156,14 +189,14 @@ def make(
         for slot, value in changed.items():
             _check_structure(graph, slot, arrays[slot], value)
         found, treedef = jax.tree.flatten(output)
-        names = tuple(graph.slots[slot].key for slot in changed)
-        seen[:] = [(_trees.template(treedef).structure, names)]
+        keys = tuple(graph.slots[slot].key for slot in changed)
+        seen[:] = [(_trees.template(treedef).structure, keys)]
         return (*found, *jax.tree.leaves(tuple(changed.values())))
 
     with on_any_mesh():
         data, convention = _jax.serialize(
             flat,
-            [*leaves, *shapes, *keys],
+            [*leaves, *shapes, *rngs],
             interface.platforms,
             interface.vjp_order,
             str(interface),
@@ -181,11 +214,19 @@ def make(
 
 
 def _slot_structs(graph: Graph, values: Values | None) -> tuple[Any, ...]:
+    arrays: tuple[Any, ...]
     if values is None:
-        return tuple(map(_trees.abstract_value, graph.slots))
-    arrays = getattr(values, "mapped", None) or values.arrays  # of a file: nothing is moved
+        arrays = tuple(map(_abstract, graph.slots))
+    else:
+        arrays = getattr(values, "mapped", None) or values.arrays  # of a file: nothing is moved
     structs: tuple[Any, ...] = jax.eval_shape(lambda *given: given, *arrays)
-    return jax.tree.map(lambda leaf: _trees.shape_struct(leaf.shape, leaf.dtype), structs)  # type: ignore[no-any-return]
+    return jax.tree.map(_jax.struct, structs)  # type: ignore[no-any-return]
+
+
+def _abstract(slot: Slot) -> Any:
+    """The value of a slot as a shape; a Python number as one, since it is weakly typed."""
+    is_number = isinstance(slot.type, TensorType) and slot.type.dtype in NUMBERS
+    return NUMBERS[slot.type.dtype](0) if is_number else _trees.abstract_value(slot)  # type: ignore[union-attr]
 
 
 def _check_structure(graph: Graph, slot: int, before: Any, after: Any) -> None:

@@ -90,9 +90,9 @@ class _Program:
         if len(own.static) != len(arguments.static):
             return "another number of arguments are arrays"
         for array, (dtype, dims) in zip(arguments.dynamic, self.stored.inputs, strict=True):
-            kind = _trees.tensor_type(array)
-            if kind.dtype != dtype or len(kind.shape) != len(dims):
-                return f"found {kind}, expected {shape_text(dtype, dims)}"
+            found = _jax.dtype_text(_trees.tensor_type(array).dtype, _jax.is_weak(array))
+            if found != dtype or len(array.shape) != len(dims):
+                return f"found {shape_text(found, array.shape)}, expected {shape_text(dtype, dims)}"
         return self._wrong_size([array.shape for array in arguments.dynamic])
 
     def _hint(self) -> str:

@@ -84,6 +84,16 @@ class Typed(nn.Module):
         return Output(hidden=core.freeze({"x": hidden}), pair=Pair(hidden, [hidden]))
 
 
+class Weak(nnx.Module):
+    """A number in a slot."""
+
+    def __init__(self) -> None:
+        self.scale = nnx.Variable(0.5)
+
+    def __call__(self, x: Any, by: Any) -> Any:
+        return x * self.scale.get_value() * by
+
+
 class Odd(nn.Module):
     """What cannot be exported, or not differentiated, one case each."""
 
