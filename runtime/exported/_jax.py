@@ -145,19 +145,20 @@ def serialize(
     Raises:
         EmitError: it cannot be exported; the message says what jax says, and what to do.
     """
+    is_symbolic = any(not isinstance(size, int) for arg in args for size in arg.shape)
     with needing_flatbuffers():
         try:
             exported = jax.export.export(jax.jit(function), platforms=wanted)(*args)
             made = bytes(exported.serialize(vjp_order=order)), exported.calling_convention_version
         except EmitError as error:
-            if any(not isinstance(size, int) for arg in args for size in arg.shape):
-                error.add_note("Some sizes are symbolic here, by dynamic=.")
+            if is_symbolic:
+                error.add_note(_SYMBOLIC)
             raise
         except Exception as error:  # jax raises many kinds
             raise EmitError(
                 f"it cannot be exported: {type(error).__name__}: {_first_lines(error)}",
                 path=name,
-                fix=_remedy(error, order),
+                fix=_remedy(error, order, is_symbolic),
             ) from error
     if exported.nr_devices != 1:
         raise EmitError(
@@ -174,20 +175,23 @@ def _first_lines(error: Exception) -> str:
     return "\n  ".join(str(error).strip().splitlines()[:4])
 
 
-def _remedy(error: Exception, order: int) -> str:
+def _remedy(error: Exception, order: int, is_symbolic: bool) -> str:
     text = f"{type(error).__name__} {error}".lower()
     if "mesh" in text:
         return "The model names axes of a mesh: save inside jax.set_mesh(mesh), with any mesh."
     if "callback" in text:
         return "A call back to Python cannot be stored: leave out jax.debug.print, pure_callback"
-    if "symbolic" in text or "inconclusive" in text or "dimension" in text:
-        return (
-            "A size is symbolic that has to be known. Say what holds for it by constraints=, or"
-            " leave it out of dynamic=."
-        )
     if order and ("differentiat" in text or "reverse-mode" in text or "jvp" in text):
         return "Export it without a gradient: linsey.Export(..., vjp_order=0)."
+    if is_symbolic:
+        return _SYMBOLIC
     return "Leave this method out of export=, or change what jax says cannot be exported."
+
+
+_SYMBOLIC = (
+    "Some sizes are symbolic here. Say what holds for them by constraints=, or leave those that the"
+    " model has to know out of dynamic=."
+)
 
 
 def deserialize(program: StoredProgram) -> Any:

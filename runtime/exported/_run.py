@@ -111,14 +111,10 @@ class _Program:
                     return f"found {found}, expected {shape_text(dtype, dims)}"
         if not all(isinstance(size, int) for _, size in pairs):
             return None  # inside an export of the user's own: jax compares symbolic sizes
-        sizes = solve(pairs)
-        if isinstance(sizes, str):
-            return sizes
-        for constraint in self.stored.constraints:
-            if names(constraint) <= set(sizes) and not evaluate(constraint, sizes):
-                given = ", ".join(f"{name} = {sizes[name]}" for name in sorted(names(constraint)))
-                return f"{constraint} does not hold for {given}"
-        return None
+        try:
+            return _contradiction(pairs, self.stored.constraints)
+        except (ValueError, KeyError, ZeroDivisionError) as error:
+            return f"its sizes cannot be computed: {error}"
 
     def call(
         self,
@@ -205,6 +201,18 @@ class _Program:
                 )
             keys.append(key)
         return keys
+
+
+def _contradiction(pairs: list[tuple[str, int]], constraints: Sequence[str]) -> str | None:
+    """What does not hold for these sizes of expressions, in words."""
+    sizes = solve(pairs)
+    if isinstance(sizes, str):
+        return sizes
+    for constraint in constraints:
+        if not evaluate(constraint, sizes):
+            given = ", ".join(f"{name} = {sizes[name]}" for name in sorted(names(constraint)))
+            return f"{constraint} does not hold for {given}"
+    return None
 
 
 def _other_slots(program: StoredProgram) -> FormatError:

@@ -133,8 +133,9 @@ class Program:
         self, export: Any, dynamic: Any, constraints: Sequence[str], platforms: Any
     ) -> tuple[StoredProgram, ...]:
         """The exported programs to save."""
-        wanted = [export] if isinstance(export, str | Export | StoredProgram) else export
-        names = [each for each in wanted or () if isinstance(each, str)]
+        is_one = isinstance(export, str | Export | StoredProgram)
+        wanted = (export,) if is_one else tuple(export or ())
+        names = [each for each in wanted if isinstance(each, str)]
         if not names and (dynamic is not None or constraints or platforms is not None):
             raise EmitError(
                 "dynamic, constraints and platforms are for methods that export= names, and it"
@@ -142,7 +143,7 @@ class Program:
                 path="export",
                 fix='Pass export=["__call__"]; a linsey.Export has settings of its own.',
             )
-        if wanted is None:
+        if export is None:
             return self.exports
 
         def compiled(interface: Interface) -> Executable:

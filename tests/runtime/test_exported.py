@@ -381,7 +381,7 @@ def test_what_cannot_be_exported(options: dict[str, Any], error: str, tmp_path: 
     [
         ("callback", None, "A call back to Python cannot be stored"),
         ("loop", None, "vjp_order=0"),
-        ("size", "b, _", "Say what holds for it by constraints="),
+        ("size", "b, _", "Say what holds for them by constraints="),
         ("text", None, "cannot be exported: TypeError"),
     ],
 )
