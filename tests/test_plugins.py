@@ -228,7 +228,7 @@ def test_a_broken_plug_in_breaks_nothing_until_it_is_needed(register: Register) 
     assert_same(program.emit("linen")[1], nn.Dense(2).init(jax.random.key(0), X))
     reason = (
         "toylib failed to load: ImportError: libtoy.so: cannot open shared object file\n"
-        "Mend or uninstall that package."
+        "Install what it needs; or mend or uninstall it."
     )
     with pytest.raises(PluginError) as caught:
         program.emit("toy")
