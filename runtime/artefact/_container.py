@@ -240,6 +240,11 @@ class Container:
         """The bytes of the file."""
         return len(self._map)
 
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """The names of the arrays and their bytes."""
+        for name, (_, _, start, end) in self._entries.items():
+            yield name, end - start
+
     def size(self, name: str) -> int:
         """The bytes of an array."""
         _, _, start, end = self._entries[name]

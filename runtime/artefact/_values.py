@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +16,6 @@ from linsey import _trees
 from linsey.ir import (
     FormatError,
     Graph,
-    Slot,
     SlotIndex,
     TensorType,
     TreeType,
@@ -228,18 +228,20 @@ def _on_device(leaf: Any) -> Any:
 
 def _read_index(graph: Graph, container: Container) -> list[Types]:
     """The types of each slot's arrays."""
+
+    @functools.cache  # most arrays are of few types
+    def kind(dtype: Any, *shape: Any) -> TensorType:
+        return TensorType(shape=tuple(map(int, shape)), dtype=str(dtype))
+
     try:
         index = msgpack.unpackb(container.array(SLOTS).tobytes())
         stored_types = {
-            key: {
-                place: TensorType(shape=tuple(map(int, shape)), dtype=str(dtype))
-                for place, dtype, shape in parts
-            }
+            key: {place: kind(dtype, *shape) for place, dtype, shape in parts}
             for key, parts in index
         }
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise container.damaged("its list of slots cannot be read") from error
-    names = set(container.names())
+    sizes = dict(container.sizes())
     keys = slot_index(graph).keys
     for key, slot in zip(keys, graph.slots, strict=True):
         found = stored_types.get(key)
@@ -247,29 +249,36 @@ def _read_index(graph: Graph, container: Container) -> list[Types]:
         if isinstance(slot.type, TreeType):
             is_whole = found is not None and len(found) == len(slot.type.leaves)
         else:
-            is_whole = found is not None and list(found) == [""]
+            is_whole = found is not None and len(found) == 1 and "" in found
         if found is None or not is_whole:
             raise container.damaged(f"{key} is not there")
-        for place, kind in found.items():
-            _check_leaf(container, names, slot, leaf_name(key, place), kind)
+        for place, each in found.items():
+            name = leaf_name(key, place) if place else key
+            if name not in sizes:
+                raise container.damaged(f"{name} is not there")
+            expected = _size(each)
+            if expected is not None and expected != sizes[name]:
+                raise container.damaged(f"{name} is not {each}")
+            if isinstance(slot.type, TensorType) and each is not slot.type:
+                _check_shape(container, slot.type, name, each)
     return [stored_types[key] for key in keys]
 
 
-def _check_leaf(
-    container: Container, names: set[str], slot: Slot, name: str, kind: TensorType
-) -> None:
-    if name not in names:
-        raise container.damaged(f"{name} is not there")
+@functools.lru_cache
+def _size(kind: TensorType) -> int | None:
+    """The bytes of an array; -1: there is no such type; None: it is stored in a way of its own."""
     if kind.dtype in NUMBERS or is_key(kind):
-        return
+        return None
     try:
-        size = math.prod(kind.shape) * host_dtype(kind.dtype).itemsize
+        itemsize = host_dtype(kind.dtype).itemsize
     except TypeError:
-        size = -1
-    if min(kind.shape, default=0) < 0 or size != container.size(name):
-        raise container.damaged(f"{name} is not {kind}")
-    if isinstance(slot.type, TensorType) and slot.type.shape != kind.shape:
-        raise container.damaged(f"{name} is {kind}, and its slot {slot.type}")
+        return -1
+    return -1 if min(kind.shape, default=0) < 0 else math.prod(kind.shape) * itemsize
+
+
+def _check_shape(container: Container, slot: TensorType, name: str, kind: TensorType) -> None:
+    if slot.shape != kind.shape and _size(kind) is not None:
+        raise container.damaged(f"{name} is {kind}, and its slot {slot}")
 
 
 def _flatten(values: Values) -> tuple[tuple[Any, ...], SlotIndex]:

@@ -1144,7 +1144,7 @@ def variables_of_a_call_are_stored_where_the_collection_is_mutable(bridge: Modul
 
 @same
 def an_own_variable_class_names_its_collection(bridge: ModuleType) -> Any:
-    class Momentum(nnx.Variable):
+    class Inertia(nnx.Variable):
         pass
 
     @nnx.register_variable_name("tables")
@@ -1153,7 +1153,7 @@ def an_own_variable_class_names_its_collection(bridge: ModuleType) -> Any:
 
     class Model(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
-            self.momentum = Momentum(jnp.zeros((3,)))
+            self.momentum = Inertia(jnp.zeros((3,)))
             self.table = Table(jnp.ones((3,)))
 
         def __call__(self, x: Array) -> Array:
@@ -1162,7 +1162,7 @@ def an_own_variable_class_names_its_collection(bridge: ModuleType) -> Any:
 
     model = bridge.to_linen(Model)
     variables = model.init(KEY, X)
-    return [variables, model.apply(variables, X, mutable=["Momentum"]), model.apply(variables, X)]
+    return [variables, model.apply(variables, X, mutable=["Inertia"]), model.apply(variables, X)]
 
 
 @same
