@@ -78,11 +78,9 @@ class ByState:
         LinseyError: the instances of the class are not plain.
 
     Example:
-        >>> class Scale:
-        ...     def __init__(self):
-        ...         raise AssertionError
-        >>> ByState(Scale)(by=2).by
-        2
+        >>> from argparse import Namespace
+        >>> ByState(Namespace)(rate=2)
+        Namespace(rate=2)
     """
 
     cls: Any
