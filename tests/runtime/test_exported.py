@@ -20,7 +20,7 @@ import optax
 import pytest
 from click.testing import CliRunner
 from compare import assert_same
-from exported_models import Attention, Coder, Net, Odd, Pair, Typed, Weak
+from exported_models import Attention, Coder, Conv, Net, Odd, Pair, Typed, Weak
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType
@@ -162,6 +162,16 @@ def test_captured_state_and_sequences_of_any_length(tmp_path: Path) -> None:
         assert_same(stored(attention.values, x)[0], source(attention.values, x)[0])
     with pytest.raises(EmitError, match="t <= 20 does not hold for t = 21"):
         stored(attention.values, jnp.ones((1, 21, 8)))
+
+
+def test_images_of_any_size(tmp_path: Path) -> None:
+    x = jax.random.normal(jax.random.key(1), (2, 12, 10, 3))
+    program = linsey.lower(Conv(), x).init(0)
+    program.save(tmp_path / "a", export="__call__", dynamic="b, h, w, _")
+    stored, source = both(tmp_path / "a")
+    for shape in ((2, 12, 10, 3), (1, 7, 9, 3)):
+        x = jax.random.normal(jax.random.key(1), shape)
+        assert_same(stored(program.values, x)[0], source(program.values, x)[0])
 
 
 def test_pytrees_of_inputs_and_other_dtypes(tmp_path: Path) -> None:

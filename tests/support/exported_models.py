@@ -59,6 +59,16 @@ class Attention(nn.Module):
         return nn.LayerNorm()(x).mean(1)
 
 
+class Conv(nn.Module):
+    """Convolutions and pooling of images of any size."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
+        x = nn.max_pool(nn.Conv(4, (3, 3))(x), (2, 2), (1, 1))
+        return nn.Dense(2)(x.mean((1, 2)))
+
+
 @struct.dataclass
 class Output:
     """A result of a class of its own."""
