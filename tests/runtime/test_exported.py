@@ -167,11 +167,15 @@ def test_captured_state_and_sequences_of_any_length(tmp_path: Path) -> None:
 def test_images_of_any_size(tmp_path: Path) -> None:
     x = jax.random.normal(jax.random.key(1), (2, 12, 10, 3))
     program = linsey.lower(Conv(), x).init(0)
-    program.save(tmp_path / "a", export="__call__", dynamic="b, h, w, _")
+    with pytest.raises(EmitError, match="or leave those that the model has to know out of dynamic"):
+        program.save(tmp_path / "a", export="__call__", dynamic="b, h, w, _")
+    program.save(tmp_path / "a", export="__call__", dynamic="b, 2*h, 2*w, _")
     stored, source = both(tmp_path / "a")
-    for shape in ((2, 12, 10, 3), (1, 7, 9, 3)):
+    for shape in ((2, 12, 10, 3), (1, 8, 22, 3)):
         x = jax.random.normal(jax.random.key(1), shape)
         assert_same(stored(program.values, x)[0], source(program.values, x)[0])
+    with pytest.raises(EmitError, match=r"2\*h is 6 for h = 3, found 7"):
+        stored(program.values, jnp.ones((1, 7, 10, 3)))
 
 
 def test_pytrees_of_inputs_and_other_dtypes(tmp_path: Path) -> None:
