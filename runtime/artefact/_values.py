@@ -50,7 +50,7 @@ def stored(values: Values) -> list[Stored]:
     """
     arrays: list[Stored] = []
     index: list[Any] = []
-    for key, value in values.items():
+    for key, value in zip(values.index.keys, values.arrays, strict=True):
         parts = []
         for place, leaf in leaves(value).items():
             name = leaf_name(key, place)
