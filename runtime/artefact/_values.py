@@ -253,7 +253,7 @@ def _read_index(graph: Graph, container: Container) -> list[Types]:
         if found is None or not is_whole:
             raise container.damaged(f"{key} is not there")
         for place, each in found.items():
-            name = leaf_name(key, place) if place else key
+            name = leaf_name(key, place)
             if name not in sizes:
                 raise container.damaged(f"{name} is not there")
             expected = _size(each)

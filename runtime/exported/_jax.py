@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,8 +110,7 @@ def _shape(dims: Dims, scope: Any) -> tuple[Any, ...]:
     return tuple(jax.export.symbolic_shape(text, scope=scope))
 
 
-@contextlib.contextmanager
-def needing_flatbuffers() -> Iterator[None]:
+def _check_flatbuffers() -> None:
     """Says what to install where jax.export misses it.
 
     Raises:
@@ -124,7 +122,6 @@ def needing_flatbuffers() -> Iterator[None]:
             path="export",
             fix="pip install linsey[export]",
         )
-    yield
 
 
 def serialize(
@@ -146,20 +143,20 @@ def serialize(
         EmitError: it cannot be exported; the message says what jax says, and what to do.
     """
     is_symbolic = any(not isinstance(size, int) for arg in args for size in arg.shape)
-    with needing_flatbuffers():
-        try:
-            exported = jax.export.export(jax.jit(function), platforms=wanted)(*args)
-            made = bytes(exported.serialize(vjp_order=order)), exported.calling_convention_version
-        except EmitError as error:
-            if is_symbolic:
-                error.add_note(_SYMBOLIC)
-            raise
-        except Exception as error:  # jax raises many kinds
-            raise EmitError(
-                f"it cannot be exported: {type(error).__name__}: {_first_lines(error)}",
-                path=name,
-                fix=_remedy(error, order, is_symbolic),
-            ) from error
+    _check_flatbuffers()
+    try:
+        exported = jax.export.export(jax.jit(function), platforms=wanted)(*args)
+        made = bytes(exported.serialize(vjp_order=order)), exported.calling_convention_version
+    except EmitError as error:
+        if is_symbolic:
+            error.add_note(_SYMBOLIC)
+        raise
+    except Exception as error:  # jax raises many kinds
+        raise EmitError(
+            f"it cannot be exported: {type(error).__name__}: {_first_lines(error)}",
+            path=name,
+            fix=_remedy(error, order, is_symbolic),
+        ) from error
     if exported.nr_devices != 1:
         raise EmitError(
             f"the method names a mesh of {exported.nr_devices} devices, and would run on so many"
@@ -200,17 +197,19 @@ def deserialize(program: StoredProgram) -> Any:
     Raises:
         FormatError: it is of a version that this jax does not read, or damaged.
     """
-    check_version(program)
-    with needing_flatbuffers():
-        try:
-            found = jax.export.deserialize(bytearray(program.data()))
-            found.mlir_module()  # else jax tells only when it compiles the call
-        except FormatError:
-            raise
-        except Exception as error:  # jax raises many kinds
-            raise _unreadable(program, str(error).strip() or type(error).__name__) from error
-    code = found.mlir_module_serialized
-    if any(name in code for name in _CALLBACKS):
+    _check_version(program)
+    _check_flatbuffers()
+    try:
+        found = jax.export.deserialize(bytearray(program.data()))
+        found.mlir_module()  # else jax tells only when it compiles the call
+        parts = [found]
+        while parts[-1].has_vjp():  # the backward pass is a program of its own
+            parts.append(parts[-1].vjp())
+    except FormatError:
+        raise
+    except Exception as error:  # jax raises many kinds
+        raise _unreadable(program, str(error).strip() or type(error).__name__) from error
+    if any(name in part.mlir_module_serialized for part in parts for name in _CALLBACKS):
         raise FormatError(
             "the program calls back to Python, which no program that linsey exported does",
             path=str(program),
@@ -219,7 +218,7 @@ def deserialize(program: StoredProgram) -> Any:
     return found
 
 
-def check_version(program: StoredProgram) -> None:
+def _check_version(program: StoredProgram) -> None:
     """Checks that this jax reads what another one exported.
 
     Raises:

@@ -549,11 +549,15 @@ def test_a_program_that_calls_back_is_refused(net_file: Path) -> None:
     def calls_back(x: Any) -> Any:
         return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
 
+    backward = jax.custom_vjp(lambda x: x * 2)
+    backward.defvjp(lambda x: (x * 2, None), lambda _, cotangent: (calls_back(cotangent),))
     allowed = [jax.export.DisabledSafetyCheck.custom_call(name)]
-    made = jax.export.export(jax.jit(calls_back), disabled_checks=allowed)(X)
-    program = crafted(net_file, data=lambda: bytes(made.serialize()))
-    with pytest.raises(FormatError, match="the program calls back to Python"):
-        program.compile()(program.values, X)
+    for function, order in ((calls_back, 0), (backward, 1)):
+        made = jax.export.export(jax.jit(function), disabled_checks=allowed)(X)
+        data = bytes(made.serialize(vjp_order=order))
+        program = crafted(net_file, data=lambda data=data: data)
+        with pytest.raises(FormatError, match="the program calls back to Python"):
+            program.compile()(program.values, X)
 
 
 def test_changed_artefacts_give_a_typed_error_or_a_program(tmp_path: Path) -> None:
