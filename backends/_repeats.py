@@ -47,7 +47,7 @@ def find_repeats(graph: Graph, enters: Callable[[Node], bool]) -> Repeats:
 
     def equals(number: int) -> list[int]:
         kind = kinds[number]
-        if len(alike[kind]) == 1 or graph.nodes[number].op != "module":
+        if len(alike[kind]) == 1 or graph.nodes[number].op in ("container", "scope"):
             return []
         if kind not in equal:
             equal[kind] = {}

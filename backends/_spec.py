@@ -13,13 +13,15 @@ class HostSpec:
     Args:
         graph: the graph.
         node: index of the node.
+        native: whether layers below it that the other API has are that API's own.
     """
 
-    __slots__ = ("_cache", "graph", "node")
+    __slots__ = ("_cache", "graph", "native", "node")
 
-    def __init__(self, graph: Graph, node: int) -> None:
+    def __init__(self, graph: Graph, node: int, native: bool = False) -> None:
         self.graph = graph
         self.node = node
+        self.native = native
         self._cache: dict[str, Any] = {}
 
     def __eq__(self, other: object) -> bool:
@@ -28,6 +30,7 @@ class HostSpec:
         return (
             isinstance(other, HostSpec)
             and self.node == other.node
+            and self.native == other.native
             and (self.graph is other.graph or self.graph == other.graph)
         )
 
@@ -49,4 +52,4 @@ class HostSpec:
         return self._cache[name]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HostSpec, (self.graph, self.node)
+        return HostSpec, (self.graph, self.node, self.native)

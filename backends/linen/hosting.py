@@ -14,6 +14,7 @@ from linsey import _trees
 from linsey._collections import unboxed
 from linsey._places import stored_path
 from linsey.backends._spec import HostSpec
+from linsey.backends.linen._nested import MISSING, merged, value_in, with_value
 from linsey.backends.linen.detached import Detached
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state, override_streams
@@ -22,8 +23,6 @@ from linsey.backends.nnx.objects import value_at
 from linsey.ir import RNG_COLLECTIONS, EmitError, Path, format_path
 from linsey.ir.reserved import GRAPH_COLLECTION
 
-MISSING = object()
-"""Stands for a variable that is not there."""
 _FIX = "Pass the variables that came with the module, as init or linsey.to_linen returned them."
 
 _FRESH = frozenset({GRAPH_COLLECTION, "intermediates", "perturbations"})
@@ -227,7 +226,7 @@ class Hosting:
         for (collection, top), updates in changed.items():
             old: Any = module.get_variable(collection, top)
             for path, value in updates:
-                old = _with(old, path, value)
+                old = with_value(old, path, value)
             module.put_variable(collection, top, old)
 
     def _store_new(self, module: linen.Module | Detached, made: Any, box: Box) -> None:
@@ -235,15 +234,8 @@ class Hosting:
             if module.is_mutable_collection(collection):
                 for name, value in tree.items():
                     if collection in self._collections:
-                        value = _merged(module.get_variable(collection, str(name), {}), value)
+                        value = merged(module.get_variable(collection, str(name), {}), value)
                     module.put_variable(collection, str(name), value)
-
-
-def value_in(tree: Any, path: Path) -> Any:
-    """What lies at a path of nested dicts, or `MISSING`."""
-    for name in path:
-        tree = tree.get(name, MISSING) if isinstance(tree, Mapping) else MISSING
-    return tree
 
 
 def _method(made: Any, method: Any) -> Callable[..., Any]:
@@ -261,16 +253,3 @@ def _counts(spec: HostSpec) -> list[int]:
     drawn_always = wrapper_slots(spec.graph)
     counts = [stream.count for stream in spec.graph.streams if stream.count is not None]
     return [slot for slot in counts if slot not in drawn_always]
-
-
-def _with(tree: Any, path: Path, value: Any) -> Any:
-    """A nested dict with one value replaced inside its box."""
-    if path:
-        return {**tree, path[0]: _with(tree[path[0]], path[1:], value)}
-    return tree.replace_boxed(value) if isinstance(tree, meta.AxisMetadata) else value
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
-        return new
-    return {**old, **{name: _merged(old.get(name, {}), value) for name, value in new.items()}}

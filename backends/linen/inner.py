@@ -16,7 +16,7 @@ from flax.nnx import bridge
 
 from linsey import _trees
 from linsey.backends import _private
-from linsey.backends.linen.hosting import MISSING, value_in
+from linsey.backends.linen._nested import MISSING, value_in
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.nodes import wrapper_slots
 from linsey.backends.nnx.objects import rebuild, value_at

@@ -6,17 +6,17 @@ from linsey.backends._record import Backend, Runner
 from linsey.ir import Graph, Values
 
 
-def module_of(graph: Graph, values: Values | None) -> Any:
+def module_of(graph: Graph, values: Values | None, *, native: bool = True) -> Any:
     """The NNX module of a graph; abstract when there are no values."""
     from linsey.backends.nnx import emit
 
-    return emit.build(graph, values)
+    return emit.build(graph, values, native=native)
 
 
-def _emit(graph: Graph, values: Values | None) -> Any:
+def _emit(graph: Graph, values: Values | None, *, native: bool = True) -> Any:
     from linsey.backends.nnx import emit
 
-    return emit.emit(graph, values)
+    return emit.emit(graph, values, native=native)
 
 
 def _runner(graph: Graph) -> Runner:

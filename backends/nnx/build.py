@@ -16,6 +16,7 @@ from linsey._places import layout, linen_slots, real_keys
 from linsey.backends import _private
 from linsey.backends._decode import kind_of, linen_module, metadata_of
 from linsey.backends._spec import HostSpec
+from linsey.backends.nnx.native import Native, Part, native_layer
 from linsey.backends.nnx.nodes import is_hosted
 from linsey.ir import (
     Decoder,
@@ -42,7 +43,9 @@ _CHILD, _VARIABLE, _RAW, _STATIC = range(4)
 class _Entry:
     """What one node is built from."""
 
-    __slots__ = ("cls", "is_object", "is_wrapper", "items", "keys", "linen", "state", "tree")
+    __slots__ = (
+        *("cls", "is_object", "is_wrapper", "items", "keys", "linen", "native", "state", "tree"),
+    )
 
     def __init__(self) -> None:
         self.cls: Any = None
@@ -52,6 +55,8 @@ class _Entry:
         self.items: list[tuple[Key, int, Any]] = []
         self.tree: Template | None = None
         self.keys: tuple[Key, ...] = ()
+        self.native: Native | None = None
+        """What makes it, for a Linen layer that is one of NNX's own."""
         self.linen: list[tuple[Path, int]] = []
         """The variables of a wrapped Linen module: attribute path in the wrapper, and slot."""
 
@@ -62,11 +67,13 @@ class Plan:
     Args:
         graph: the graph.
         root: the node.
+        native: whether Linen layers are made as NNX's own where they can be.
     """
 
-    def __init__(self, graph: Graph, root: int) -> None:
+    def __init__(self, graph: Graph, root: int, *, native: bool = False) -> None:
         self.graph = graph
         self.root = root
+        self._native = native
         self._entries: dict[int, _Entry] = {}
         self._kinds: dict[int, tuple[type[nnx.Variable[Any]], dict[str, Any]]] = {}
         self._decode = Decoder()  # an object that two modules hold stays one object
@@ -79,6 +86,11 @@ class Plan:
             return
         node = self.graph.nodes[number]
         entry = self._entries[number] = _Entry()
+        if self._native and number != self.root and is_hosted(node) and node.source is not None:
+            found = native_layer(self.graph, number)
+            if isinstance(found, Native):
+                self._prepare_native(entry, found, path)
+                return
         if is_hosted(node):
             self._prepare_host(entry, number, node, path)
             return
@@ -104,11 +116,19 @@ class Plan:
                 entry.items.append((name, _STATIC, self._decode(value)))
         self._prepare_held(entry, node.children, node.slots, path, real_keys(node))
 
+    def _prepare_native(self, entry: _Entry, native: Native, path: Path) -> None:
+        """A Linen layer that is one of NNX's own."""
+        entry.native = native
+        entry.cls = native.cls
+        for part in native.parts:
+            if len(part.slots) == 1:
+                self.slots.setdefault(part.slots[0], (*path, *part.path))
+
     def _prepare_host(self, entry: _Entry, number: int, node: Node, path: Path) -> None:
         """Linen code that no wrapper of the source holds: a LinenHost."""
         from linsey.backends.nnx.host import SPEC, LinenHost, names_of  # builds on this file
 
-        spec = HostSpec(self.graph, number)
+        spec = HostSpec(self.graph, number, self._native)
         names = names_of(spec)
         entry.cls = LinenHost
         entry.items.append((SPEC, _STATIC, spec))
@@ -192,6 +212,12 @@ class Plan:
         if number in made:
             return made[number]
         entry = self._entries[number]
+        if entry.native is not None:
+            native = entry.native
+            made[number] = native.make(
+                lambda part: self._native_variable(native, part, values, variables)
+            )
+            return made[number]
         if entry.tree is not None:
             parts = {
                 name: item if kind == _STATIC else self._item(kind, item, values, made, variables)
@@ -232,6 +258,16 @@ class Plan:
         if slot not in variables:
             kind, metadata = self._kinds[slot]
             variables[slot] = kind.from_metadata(values[slot], dict(metadata))
+        return variables[slot]
+
+    def _native_variable(
+        self, native: Native, part: Part, values: Sequence[Any], variables: dict[int, Any]
+    ) -> Any:
+        if len(part.slots) > 1:
+            return native.variable(part, part.join([values[slot] for slot in part.slots]))
+        (slot,) = part.slots
+        if slot not in variables:
+            variables[slot] = native.variable(part, values[slot])
         return variables[slot]
 
     def _container(

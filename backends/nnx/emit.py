@@ -22,12 +22,13 @@ from linsey.backends.nnx.share import Blocks
 from linsey.ir import EmitError, Graph, Path, Stream, Values, decode, describe
 
 
-def build(graph: Graph, values: Values | None) -> Any:
+def build(graph: Graph, values: Values | None, *, native: bool = True) -> Any:
     """The NNX module of a graph.
 
     Args:
         graph: the structure.
         values: its values; None builds an abstract module.
+        native: whether Linen layers become NNX's own where they can.
 
     Raises:
         EmitError: the root is a subclass of ToLinen with a call of its own.
@@ -43,7 +44,7 @@ def build(graph: Graph, values: Values | None) -> Any:
     arrays: Sequence[Any] = (
         list(map(_trees.abstract_value, graph.slots)) if values is None else values.arrays
     )
-    return Plan(graph, graph.root).build(arrays)
+    return Plan(graph, graph.root, native=native).build(arrays)
 
 
 def overrides_call(cls: type) -> bool:
@@ -52,9 +53,9 @@ def overrides_call(cls: type) -> bool:
     return issubclass(cls, bridge.ToLinen) and cls.__call__ is not own
 
 
-def emit(graph: Graph, values: Values | None) -> tuple[Any, Any]:
+def emit(graph: Graph, values: Values | None, *, native: bool = True) -> tuple[Any, Any]:
     """Emits a graph as ``(graphdef, state)``; see `linsey.Program.emit`."""
-    graphdef, state = nnx.split(build(graph, values))
+    graphdef, state = nnx.split(build(graph, values, native=native))
     return graphdef, state
 
 

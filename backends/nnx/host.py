@@ -12,10 +12,23 @@ from linsey import _trees
 from linsey._collections import kind_of_collection, unboxed
 from linsey.backends._decode import boxed
 from linsey.backends._spec import HostSpec
-from linsey.backends.linen.region import Region
+from linsey.backends.linen.region import NOT_BY_DEFAULT, Region
+from linsey.backends.linen.standin import Standin, of_module, of_native
 from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.native import Native, native_layer
+from linsey.backends.nnx.nodes import is_hosted, replaced_op, replaces_linen
 from linsey.backends.nnx.objects import value_at
-from linsey.ir import EmitError, HostParts, Key, Path, StackAxis, decode, format_path, node_paths
+from linsey.ir import (
+    EmitError,
+    Graph,
+    HostParts,
+    Key,
+    Path,
+    StackAxis,
+    decode,
+    format_path,
+    node_paths,
+)
 
 SPEC = "linsey_spec"
 _RNGS = "rngs"
@@ -71,9 +84,17 @@ class LinenHost(nnx.Module):
             EmitError: the module's values are stacked by a transform that its parent runs, or a
                 PRNG stream is missing.
         """
-        region = _region(self.linsey_spec)
+        region, graph = _region(self.linsey_spec), self.linsey_spec.graph
         _check_not_stacked(region)
-        variables = region.assemble(functools.partial(self._value, region))
+        held = self._held(region)
+        variables = region.assemble(functools.partial(self._value, region), held)
+        variable_at: dict[tuple[str, Path], Any] = {}
+        for path, (standin, leaves) in held.items():
+            boxes = standin.boxes or [None] * len(leaves)
+            pairs = zip(leaves, boxes, strict=True)
+            standin.put(variables, path, [_boxed_value(graph, *pair) for pair in pairs])
+            for place, leaf in zip(standin.places, leaves, strict=True):
+                variable_at[place.collection, (*path, *place.path)] = leaf
         extra = self._extra()
         for collection, tree in extra.items():
             if collection != "intermediates":
@@ -84,12 +105,13 @@ class LinenHost(nnx.Module):
             kwargs,
             method=method,
             rngs=self._keys(rngs),
-            mutable=_with_extra(region, extra) if mutable is None else mutable,
+            mutable=_with_extra(region, extra, held) if mutable is None else mutable,
             live=self._child,
+            standins={path: standin for path, (standin, _) in held.items()},
         )
-        found, rest = region.find(updates)
+        found, rest = region.find(updates, variable_at)
         for slot, value in found:
-            variable = self._variable(region, slot)
+            variable = self._variable(region, slot) if isinstance(slot, int) else slot
             if value is not variable.get_raw_value():
                 variable.set_raw_value(value)
         for collection, tree in rest.items():
@@ -100,6 +122,27 @@ class LinenHost(nnx.Module):
         rngs, mutable = kwargs.pop("rngs", None), kwargs.pop("mutable", None)
         chosen = kwargs.pop("method", method)
         return self.linsey_call(chosen, args, kwargs, rngs=rngs, mutable=mutable)
+
+    def _held(self, region: Region) -> dict[Path, tuple[Standin, list[nnx.Variable[Any]]]]:
+        """The NNX modules in the places of Linen ones, now, with their Variables."""
+        graph = self.linsey_spec.graph
+        held: dict[Path, tuple[Standin, list[nnx.Variable[Any]]]] = {}
+
+        def walk(host: LinenHost, path: Path) -> None:
+            attributes = vars(host)
+            for name, number, attribute in _children(host.linsey_spec):
+                child = attributes.get(attribute)
+                node = graph.nodes[number]
+                is_linen = is_hosted(node)
+                if isinstance(child, LinenHost) and is_linen:
+                    walk(child, (*path, name))
+                elif isinstance(child, nnx.Module) and (is_linen or replaces_linen(node)):
+                    held[*path, name] = _standin(
+                        host.linsey_spec, child, number, region, (*path, name)
+                    )
+
+        walk(self, ())
+        return held
 
     def _keys(self, rngs: Any) -> dict[str, Any] | None:
         if rngs is not None:
@@ -138,10 +181,7 @@ class LinenHost(nnx.Module):
         return value
 
     def _value(self, region: Region, slot: int) -> Any:
-        variable = self._variable(region, slot)
-        entry = region.spec.graph.slots[slot]
-        names = variable.get_metadata("out_sharding", None) if entry.box is not None else None
-        return boxed(entry, variable.get_raw_value(), names)
+        return _boxed_value(region.spec.graph, self._variable(region, slot), slot)
 
     def _extra(self) -> dict[str, Any]:
         """The state that calls made and the graph has no slots for, as Linen variables."""
@@ -170,7 +210,7 @@ class LinenHost(nnx.Module):
         variables: dict[tuple[str, Key], Any] = {}
         for (collection, name), attribute in names.items():
             if attribute in attributes and collection is None:
-                children[name] = attributes[attribute]
+                children[name] = _seen(spec, name, attributes[attribute])
             elif attribute in attributes and collection is not None:
                 variables[collection, name] = attributes[attribute]
         own = {
@@ -187,17 +227,92 @@ class LinenHost(nnx.Module):
         setattr(self, _RNGS, rngs)
 
 
+class LayerView:
+    """A native layer that is as it was emitted, as a frontend sees it: the Linen layer that it was.
+
+    Args:
+        graph: the graph that it was emitted from.
+        node: its node there, or one below.
+        variables: its Variables by slot.
+    """
+
+    def __init__(self, graph: Graph, node: int, variables: dict[int, nnx.Variable[Any]]) -> None:
+        self._graph = graph
+        self._node = node
+        self._variables = variables
+
+    def linsey_parts(self) -> HostParts:
+        """What it holds."""
+        node = self._graph.nodes[self._node]
+        return HostParts(
+            graph=self._graph,
+            node=self._node,
+            children={
+                name: LayerView(self._graph, child, self._variables)
+                for name, child in node.children
+            },
+            variables={
+                (self._graph.slots[slot].collection, name): self._variables[slot]
+                for name, slot in node.slots
+            },
+        )
+
+
+def _seen(spec: HostSpec, name: Key, child: Any) -> Any:
+    """A child as a frontend sees it."""
+    number = dict(spec.entry.children)[name]
+    if not spec.native or not is_hosted(spec.graph.nodes[number]):
+        return child
+    native = native_layer(spec.graph, number)
+    if isinstance(native, Native) and native.is_unchanged(child):
+        return LayerView(spec.graph, number, native.slot_variables(child))
+    return child
+
+
 def _call_method(host: LinenHost, name: str, *args: Any, **kwargs: Any) -> Any:
     return host._run(name, args, kwargs)
+
+
+def _children(spec: HostSpec) -> list[tuple[Key, int, str]]:
+    """Name, node and attribute of each child of a host."""
+    return spec.cached("children", _find_children)  # type: ignore[no-any-return]
+
+
+def _find_children(spec: HostSpec) -> list[tuple[Key, int, str]]:
+    names = names_of(spec)
+    return [(name, number, names[None, name]) for name, number in spec.entry.children]
+
+
+def _standin(
+    spec: HostSpec, child: Any, number: int, region: Region, path: Path
+) -> tuple[Standin, list[nnx.Variable[Any]]]:
+    graph = spec.graph
+    node = graph.nodes[number]
+    native = native_layer(graph, number) if spec.native and is_hosted(node) else None
+    if isinstance(native, Native) and native.fits(child):
+        return of_native(native, child, node.op)
+    op = node.op if is_hosted(node) else replaced_op(node)
+    return of_module(child, op, region.lifts, (*region.path, *path))
+
+
+def _boxed_value(graph: Graph, variable: nnx.Variable[Any], slot: int | None) -> Any:
+    """The value of a Variable in the Linen box of its slot, where it has one."""
+    entry = None if slot is None else graph.slots[slot]
+    if entry is None or entry.box is None:
+        return variable.get_raw_value()
+    return boxed(entry, variable.get_raw_value(), variable.get_metadata("out_sharding", None))
 
 
 def _region(spec: HostSpec) -> Region:
     return spec.cached("region", Region)  # type: ignore[no-any-return]
 
 
-def _with_extra(region: Region, extra: dict[str, Any]) -> Any:
-    more = [name for name in extra if name not in region.mutable and name != "intermediates"]
-    return [*region.mutable, *more] or False
+def _with_extra(region: Region, extra: dict[str, Any], held: Mapping[Path, Any]) -> Any:
+    names = [name for name in extra if name != "intermediates"]
+    for standin, _ in held.values():
+        names += [place.collection for place in standin.places]
+    fresh = [name for name in dict.fromkeys(names) if name not in NOT_BY_DEFAULT]
+    return list(dict.fromkeys((*region.mutable, *fresh))) or False
 
 
 def _merge(into: dict[str, Any], tree: dict[str, Any]) -> None:
@@ -294,4 +409,4 @@ def _attribute_paths(region: Region) -> dict[int, tuple[Key, ...]]:
 
 def _find_attributes(spec: HostSpec) -> dict[int, tuple[Key, ...]]:
     """The way from a host to the Variable of each slot, by attributes."""
-    return dict(Plan(spec.graph, spec.node).slots)
+    return dict(Plan(spec.graph, spec.node, native=spec.native).slots)

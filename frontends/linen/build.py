@@ -12,6 +12,7 @@ from flax import linen, nnx
 import linsey.frontends.nnx.build as nnx_build
 from linsey import _trees
 from linsey._collections import EPHEMERAL, collection_of, unboxed
+from linsey._layers import op_of
 from linsey._places import stored_path
 from linsey.frontends import _private
 from linsey.frontends._builder import Builder
@@ -84,7 +85,7 @@ class Region:
             self._builder.path_stream(draft, stream, at_call=at_call)
         if seen.nnx is not None:
             return  # its node is that of the NNX module; `add_nnx` fills it
-        draft.op = "module"
+        draft.op = op_of("linen", type(seen.instance))
         if path:  # the root's class and attributes are those of the module that the user gave
             draft.source = Source(dialect="linen", cls=self.encode(type(seen.instance)))
             draft.attrs.extend(self.encode.fields(seen.instance))

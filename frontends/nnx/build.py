@@ -14,6 +14,7 @@ from flax.nnx import bridge
 
 from linsey import _trees
 from linsey._collections import collection_of
+from linsey._layers import op_of
 from linsey.frontends import _private
 from linsey.frontends._builder import Builder, Draft
 from linsey.frontends._encode import FlaxEncoder, nnx_variable
@@ -106,7 +107,7 @@ class Walker:
     def _fill(self, obj: Any, impl: Any, path: Path, number: int) -> None:
         draft = self._builder.nodes[number]
         is_object = isinstance(impl, _private.GraphNodeImpl)
-        draft.op = "module" if is_object else "container"
+        draft.op = op_of("nnx", type(obj)) if is_object else "container"
         draft.source = Source(dialect="nnx", cls=self.encode(type(obj)))
         items, metadata = impl.flatten(obj)
         if isinstance(metadata, _private.IndexesPytreeDef):
