@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from linsey.backends._record import Backend, Called, Runner, SharedCalls
+from linsey.backends._report import Report, ReportRow
 
 if TYPE_CHECKING:
     from linsey.backends._decode import decode_linen
@@ -21,6 +22,8 @@ __all__ = [
     "Backend",
     "Called",
     "HostSpec",
+    "Report",
+    "ReportRow",
     "Runner",
     "SharedCalls",
     "decode_linen",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from linsey.ir import Graph, Values
+from linsey.backends._report import Report
+from linsey.ir import Graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,11 @@ class Backend:
 
     name: str
     """Name of the dialect."""
-    emit: Callable[[Graph, Values | None], Any]
-    """Graph and values (None: abstract) -> the target's pair of static and dynamic."""
+    emit: Callable[..., Any]
+    """Graph and values (None: abstract) -> the target's pair of static and dynamic. It is passed
+    ``native=False`` where everything is to be hosted; a backend that cannot need not take it."""
     runner: Callable[[Graph], Runner]
     """Runs graphs whose root is of this dialect."""
+    report: Callable[..., Report] | None = None
+    """What becomes of each node of a graph; takes ``native`` as `emit` does. None: it does not
+    tell."""

@@ -62,6 +62,19 @@ def adapted(
     return adapt(module, made, args, dict(kwargs))
 
 
+def with_modes(module: linen.Module, made: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Adds what the Linen module was constructed with, and the NNX module takes at its call.
+
+    Linen code may say ``deterministic`` and ``use_running_average`` in either place.
+    """
+    found = {
+        name: getattr(module, name)
+        for name in ("deterministic", "use_running_average")
+        if getattr(module, name, None) is not None and _takes(type(made), name)
+    }
+    return {**found, **kwargs}
+
+
 def _dropout(
     module: linen.Module, made: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments:

@@ -13,7 +13,7 @@ from flax.core import meta
 from linsey._collections import collection_of
 from linsey._places import stored_path
 from linsey.backends.linen._nested import MISSING, merged, value_in, with_value
-from linsey.backends.linen.calls import adapted
+from linsey.backends.linen.calls import adapted, with_modes
 from linsey.backends.linen.lifts import Lifts
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state
@@ -45,6 +45,7 @@ class Standin:
         build: makes the module, from their values in this order.
         read: gives their values after a call.
         op: the neutral layer that the Linen module is.
+        changes: gives the attributes that a Linen instance asks for and the module has otherwise.
         boxes: the slot of the graph in whose Linen box each variable travels, or None.
     """
 
@@ -54,8 +55,10 @@ class Standin:
         build: Callable[[list[Any]], Any],
         read: Callable[[Any], Sequence[Any]],
         op: str,
+        changes: Callable[[linen.Module], Mapping[str, Any]] | None = None,
         boxes: Sequence[int | None] = (),
     ) -> None:
+        self._changes = changes
         self.places = places
         self.boxes = boxes
         self._build = build
@@ -80,6 +83,10 @@ class Standin:
         """
         values = [self._value(module, place) for place in self.places]
         made = self._build(values)
+        if self._changes is None:
+            kwargs = with_modes(module, made, kwargs)
+        else:
+            vars(made).update(self._changes(module))
         args, kwargs = adapted(self._op, module, made, args, kwargs)
         grown = _size(made)
         output = getattr(made, name)(*args, **kwargs)
@@ -144,7 +151,7 @@ def of_native(native: Native, obj: Any, op: str) -> tuple[Standin, list[nnx.Vari
         return [value_at(made, path).get_raw_value() for path in paths]
 
     boxes = [part.slots[0] if len(part.slots) == 1 else None for part in native.parts]
-    return Standin(_native_places(native), build, read, op, boxes), variables
+    return Standin(_native_places(native), build, read, op, native.changes, boxes), variables
 
 
 @functools.lru_cache(maxsize=1 << 12)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from linsey.backends._record import Backend, Runner
+from linsey.backends._report import Report
 from linsey.ir import Graph, Values
 
 
@@ -25,6 +26,12 @@ def _runner(graph: Graph) -> Runner:
     return emit.runner(graph)
 
 
-backend = Backend(name="nnx", emit=_emit, runner=_runner)
+def _report(graph: Graph, *, native: bool = True) -> Report:
+    from linsey.backends.nnx import report
+
+    return report.report(graph, native=native)
+
+
+backend = Backend(name="nnx", emit=_emit, runner=_runner, report=_report)
 
 __all__ = ["backend", "module_of"]

@@ -68,12 +68,16 @@ class Plan:
         graph: the graph.
         root: the node.
         native: whether Linen layers are made as NNX's own where they can be.
+        of_root: how the node itself is made so; None: it is hosted.
     """
 
-    def __init__(self, graph: Graph, root: int, *, native: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, root: int, *, native: bool = False, of_root: Native | None = None
+    ) -> None:
         self.graph = graph
         self.root = root
         self._native = native
+        self._of_root = of_root
         self._entries: dict[int, _Entry] = {}
         self._kinds: dict[int, tuple[type[nnx.Variable[Any]], dict[str, Any]]] = {}
         self._decode = Decoder()  # an object that two modules hold stays one object
@@ -86,8 +90,9 @@ class Plan:
             return
         node = self.graph.nodes[number]
         entry = self._entries[number] = _Entry()
-        if self._native and number != self.root and is_hosted(node) and node.source is not None:
-            found = native_layer(self.graph, number)
+        if self._native and is_hosted(node) and node.source is not None:
+            is_root = number == self.root
+            found = self._of_root if is_root else native_layer(self.graph, number)
             if isinstance(found, Native):
                 self._prepare_native(entry, found, path)
                 return

@@ -18,6 +18,8 @@ from linsey.backends._record import Called
 from linsey.backends._runner import SharingRunner
 from linsey.backends._share import Session
 from linsey.backends.nnx.build import Plan
+from linsey.backends.nnx.native import Native, native_root
+from linsey.backends.nnx.nodes import is_hosted
 from linsey.backends.nnx.share import Blocks
 from linsey.ir import EmitError, Graph, Path, Stream, Values, decode, describe
 
@@ -44,7 +46,9 @@ def build(graph: Graph, values: Values | None, *, native: bool = True) -> Any:
     arrays: Sequence[Any] = (
         list(map(_trees.abstract_value, graph.slots)) if values is None else values.arrays
     )
-    return Plan(graph, graph.root, native=native).build(arrays)
+    root = native_root(graph) if native and is_hosted(graph.nodes[graph.root]) else None
+    of_root = root if isinstance(root, Native) else None
+    return Plan(graph, graph.root, native=native, of_root=of_root).build(arrays)
 
 
 def overrides_call(cls: type) -> bool:

@@ -17,7 +17,18 @@ from linsey._places import linen_slots
 from linsey.backends import _private
 from linsey.backends._decode import kind_of, metadata_of
 from linsey.backends.nnx.objects import value_at
-from linsey.ir import Decoder, Graph, LinseyError, Path, Slot, TensorType, decode
+from linsey.ir import (
+    Decoder,
+    EmitError,
+    Graph,
+    LinseyError,
+    Path,
+    Slot,
+    TensorType,
+    decode,
+    encode,
+    format_path,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +74,25 @@ class Native:
         neutral: its fields.
         parts: its Variables.
         graph: the graph.
+        own: the fields of the Linen layer.
     """
 
     def __init__(
         self,
         source: Row,
         target: Row,
+        own: Mapping[str, Any],
         neutral: Mapping[str, Any],
         parts: Sequence[Part],
         graph: Graph,
     ) -> None:
         self.source = source
+        self._target = target
+        self._own = own
+        self._seen: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
         self.cls = target.cls
+        self.is_lifted = False
+        """Whether the Linen class is one that a transform made of it."""
         self.parts = tuple(parts)
         self._kinds = {
             part: (kind_of(graph.slots[part.slots[0]]), _metadata(graph, part)) for part in parts
@@ -128,6 +146,49 @@ class Native:
         kind, metadata = self._kinds[part]
         return kind.from_metadata(value, dict(metadata))
 
+    def changes(self, module: Any) -> dict[str, Any]:
+        """The attributes of the layer that another Linen instance asks for.
+
+        Linen code makes its layers anew in each call, and may make them otherwise:
+        ``nn.Dropout(0.5, deterministic=not train)``.
+
+        Args:
+            module: the instance.
+
+        Raises:
+            EmitError: it asks for what the class cannot do.
+        """
+        names = [name for name in self._own if name not in self.source.ignored]
+        values = [getattr(module, name) for name in names]
+        key = tuple(map(id, values))
+        if key not in self._seen:
+            new = {
+                name: value
+                for name, value in zip(names, values, strict=True)
+                if not _is_equal(value, self._own[name])
+            }
+            if len(self._seen) > _MOST_SEEN:
+                self._seen.clear()
+            self._seen[key] = values, self._attributes(module, new)  # which keeps the ids
+        return self._seen[key][1]
+
+    def _attributes(self, module: Any, new: Mapping[str, Any]) -> dict[str, Any]:
+        by_own = {each.own: each for each in self.source.fields}
+        by_name = {each.name: each for each in self._target.fields}
+        found = {}
+        for name, value in new.items():
+            field = by_own.get(name)
+            written = None if field is None else by_name.get(field.name)
+            if field is None or written is None:
+                raise EmitError(
+                    f"this call makes the layer with {name}={value!r}; when it was lowered, that"
+                    f" was {self._own[name]!r}, and {self.cls.__name__} cannot change it",
+                    path=format_path(module.path),
+                    fix="Emit the model with native=False.",
+                )
+            found[written.own] = written.write(field.read(value))
+        return found
+
     def fits(self, obj: Any) -> bool:
         """Whether an object still has the classes and the Variables of this layer."""
         return _has_classes(obj, self._template, self.parts)
@@ -150,6 +211,18 @@ class Native:
                     else type(variable).from_metadata(piece, variable.get_metadata())
                 )
         return found
+
+
+_MOST_SEEN = 64
+
+
+def _is_equal(value: Any, other: Any) -> bool:
+    if value is other:
+        return True
+    try:
+        return encode(value) == encode(other)
+    except Exception:
+        return False
 
 
 def with_variables(obj: Any, variables: Mapping[Path, Any]) -> Any:
@@ -214,30 +287,52 @@ def native_layer(graph: Graph, number: int) -> Native | str:
             graph.memo[key] = _native_layer(graph, number)
         except RefusedError as refused:
             graph.memo[key] = str(refused)
+        except (TypeError, ValueError, IndexError, KeyError) as error:
+            # Fields that flax itself refuses, by then or at the first call.
+            graph.memo[key] = f"flax.nnx does not take its fields: {error}"
     return graph.memo[key]  # type: ignore[no-any-return]
+
+
+def native_root(graph: Graph) -> Native | str:
+    """How the root is emitted as NNX's own layer, or why it is not.
+
+    A layer that draws keys takes them by Linen's rules, ``rngs=`` of each call, which only a host
+    does; so does one whose values a transform stacks.
+    """
+    node = graph.nodes[graph.root]
+    found = native_layer(graph, graph.root)
+    if not isinstance(found, Native):
+        return found
+    if any(graph.streams[stream].use == "call" for _, stream in node.streams):
+        return "it draws keys, and as the root takes them from rngs= as Module.apply does"
+    if found.is_lifted:
+        return "it is the root, and a transform is around it"
+    return found
 
 
 def _native_layer(graph: Graph, number: int) -> Native:
     node = graph.nodes[number]
     assert node.source is not None
-    try:
-        cls = decode(node.source.cls)
-        decoded = Decoder()
-        fields = {str(name): decoded(value) for name, value in node.attrs}
-    except LinseyError as error:
-        raise RefusedError(str(error)) from error
+    cls = decode(node.source.cls)
     source = row_for_class(node.source.dialect, cls)
     if source is None:
         raise RefusedError("it is user code")
     target = row_for_op("nnx", source.op)
     if source.reason or target is None:
         raise RefusedError(source.reason or "flax.nnx has no such layer")
+    decoded = Decoder()
+    try:
+        fields = {str(name): decoded(value) for name, value in node.attrs}
+    except LinseyError as error:
+        raise RefusedError(str(error)) from error
     slots = _neutral_slots(graph, number, source)
     shapes = {name: own_shape(graph.slots[slot]) for name, slot in slots.items()}
     is_lifted = cls is not source.cls
     neutral = source.read(fields, shapes, None if is_lifted else _first_input(graph, number))
     parts = list(_parts(graph, target, slots))
-    return Native(source, target, neutral, parts, graph)
+    native = Native(source, target, fields, neutral, parts, graph)
+    native.is_lifted = is_lifted
+    return native
 
 
 def _neutral_slots(graph: Graph, number: int, row: Row) -> dict[str, int]:

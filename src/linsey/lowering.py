@@ -97,6 +97,7 @@ def to_nnx(
     rngs: Any = None,
     variables: Any = None,
     method: Any = None,
+    native: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Converts a module to an NNX module with its values.
@@ -110,6 +111,9 @@ def to_nnx(
             since Linen then falls back to it.
         variables: for Linen: the values at hand.
         method: as for `lower`.
+        native: whether Linen's layers become NNX's own: ``model.Dense_0`` is an ``nnx.Linear``.
+            They do where that computes the same, bit for bit; `Program.report` tells which. With
+            False the code of every layer is hosted.
         kwargs: keyword inputs.
 
     Returns:
@@ -133,7 +137,7 @@ def to_nnx(
     program = lower(source, *args, rngs=given, variables=variables, method=method, **kwargs)
     if program.values is None:
         program = program.init(given)
-    model = module_of(program.graph, program.values)
+    model = module_of(program.graph, program.values, native=native)
     if is_linen and hasattr(model, "linsey_streams"):  # the NNX module of a ToLinen has its own
         _give_streams(model, program, streams)
     return model

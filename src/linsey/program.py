@@ -12,8 +12,17 @@ from typing import Any
 from jax.sharding import Mesh
 
 from linsey import _trees, _trust, plugins
-from linsey.backends import Backend, Runner
-from linsey.ir import EmitError, FormatWarning, Graph, Values, decode, left_out, verify
+from linsey.backends import Backend, Report, Runner
+from linsey.ir import (
+    EmitError,
+    FormatWarning,
+    Graph,
+    PluginError,
+    Values,
+    decode,
+    left_out,
+    verify,
+)
 from linsey.runtime import Executable, artefact, sharding
 from linsey.runtime import exported as exports
 from linsey.runtime._checks import check_method, no_init
@@ -162,13 +171,15 @@ class Program:
         ]
         return exports.export_all(asked, self.graph, self.values, compiled)
 
-    def emit(self, target: str) -> Any:
+    def emit(self, target: str, *, native: bool = True) -> Any:
         """Emits the program in one of the APIs.
 
         Args:
             target: ``"nnx"`` gives ``(graphdef, state)``, ``"linen"`` gives ``(module,
                 variables)``; another name, what the backend of that name gives. An abstract program
                 gives ShapeDtypeStructs in place of arrays.
+            native: whether flax's layers become the target's own where these compute the same, bit
+                for bit; `report` tells which. Otherwise all code of the other API is hosted.
 
         Raises:
             PluginError: there is no such backend.
@@ -188,7 +199,43 @@ class Program:
         backend: Backend = plugins.load("linsey.backends", target)
         if self.values is not None:
             _trees.check_shapes(self.graph, self.values.arrays)
-        return backend.emit(self._sound(), self.values)
+        options = {} if native else {"native": False}
+        return backend.emit(self._sound(), self.values, **options)
+
+    def report(self, target: str | None = None, *, native: bool = True) -> Report:
+        """What each node becomes when the program is emitted, and why where it is hosted.
+
+        Args:
+            target: as for `emit`; None: the API that the root is not of.
+            native: as for `emit`.
+
+        Returns:
+            A row for each module, by path as in ``report["encoder/Dense_0"]``; ``print`` shows a
+            table. ``report.native_share`` is the share of leaf layers that come out as layers of
+            the target.
+
+        Raises:
+            PluginError: there is no such backend, or it does not tell.
+            EmitError: as `emit`.
+
+        Example:
+            >>> import jax, linsey
+            >>> from flax import linen as nn
+            >>> net = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
+            >>> report = linsey.lower(net, jax.numpy.ones((1, 3))).report()
+            >>> report["layers_0"].became, report["layers_0"].target, report.native_share
+            ('native', 'nnx.Linear', 1.0)
+        """
+        if target is None:
+            target = "linen" if self._dialect() == "nnx" else "nnx"
+        backend: Backend = plugins.load("linsey.backends", target)
+        if backend.report is None:
+            raise PluginError(
+                "the backend does not tell what becomes of each node",
+                path=target,
+                fix="Ask for the report of another target.",
+            )
+        return backend.report(self._sound(), native=native)
 
     def compile(
         self,

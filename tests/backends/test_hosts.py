@@ -403,7 +403,7 @@ def test_a_training_step_is_that_of_linen_and_optax() -> None:
 
 
 def test_a_child_of_a_scanned_region_cannot_be_called_alone() -> None:
-    model = linsey.to_nnx(Stack(), X, rngs=0)
+    model = linsey.to_nnx(Stack(), X, rngs=0, native=False)
     variables = Stack().init(jax.random.key(0), X)
     assert model.layers.Dense_0.kernel.shape == (4, 3, 3)
     assert_same(model(X), Stack().apply(variables, X))
@@ -783,5 +783,6 @@ def test_an_emitted_module_inside_a_bigger_model_lowers_to_its_own_node() -> Non
     again = nnx.merge(*program.emit("nnx"))
     assert linsey.lower(again).graph == program.graph
     assert_same(again(X), model(X))
+    again = nnx.merge(*program.emit("nnx", native=False))
     with pytest.raises(linsey.LinseyError, match="by the transform that inner/layers runs"):
         again.inner.layers.Dense_0(X)

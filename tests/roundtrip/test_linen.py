@@ -75,7 +75,8 @@ def test_linen_case(prepared: Prepared) -> None:
 
     # Eager: the emitted NNX module gives Linen's numbers.
     expected, updates = prepared.apply(prepared.variables, *case.args, **case.kwargs)
-    model = nnx.merge(*program.emit("nnx"))
+    native = program.report()[""].became != "native"  # which does not take rngs= and mutable=
+    model = nnx.merge(*program.emit("nnx", native=native))
     hash(nnx.graphdef(model))
     found = model(*case.args, rngs=prepared.call_keys, mutable=case.mutable, **case.kwargs)
     assert_same(found, expected)
@@ -88,7 +89,7 @@ def test_linen_case(prepared: Prepared) -> None:
             **method.kwargs,
         )
         assert_same(
-            getattr(nnx.merge(*program.emit("nnx")), method.method)(
+            getattr(nnx.merge(*program.emit("nnx", native=native)), method.method)(
                 *method.args, rngs=prepared.call_keys, mutable=False, **method.kwargs
             ),
             other,

@@ -248,6 +248,7 @@ def _attention_row(cls: type) -> Row:
             },
         },
         infer=_attention,
+        implied=frozenset({"cache_shape"}),
     )
 
 
@@ -273,7 +274,7 @@ ROWS: tuple[Row, ...] = (
             Field(
                 name="batch_axis",
                 own="batch_dims",
-                read=tupled,
+                read=_as_tuple,
                 write=lambda pairs: tuple(axis for axis, _ in pairs),
             ),
             PROMOTE,

@@ -276,6 +276,7 @@ ROWS: tuple[Row, ...] = (
             },
         },
         infer=_cache_shape,
+        implied=frozenset({"cache_shape"}),
         make={"keep_rngs": False, "ln_promote_dtype": keep_dtypes},
     ),
     _cell_row("lstm_cell", nnx.LSTMCell, "gate_fn", slots=params(**_LSTM)),

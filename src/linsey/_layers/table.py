@@ -74,6 +74,8 @@ class Row:
     """What its constructor takes besides."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     """Raises `RefusedError` for neutral fields that this class computes in another way."""
+    implied: frozenset[str] = frozenset()
+    """The neutral fields that are told by its variables alone."""
     set_after: Mapping[str, str] = field(default_factory=dict)
     """Attributes that its constructor changes, with the neutral fields that they are set to."""
     methods: frozenset[str] = frozenset({"__call__"})
@@ -137,8 +139,10 @@ class Row:
             self.check(neutral)
         by_name = {each.name: each for each in self.fields}
         for name, value in neutral.items():
-            inferred = name not in by_name and self.neutral.fields[name] is REQUIRED
-            if name not in by_name and not inferred and not _is(value, self.neutral.fields[name]):
+            default = self.neutral.fields[name]
+            if name in by_name or name in self.implied or default is REQUIRED:
+                continue
+            if not _is(value, default):
                 raise RefusedError(f"{self.cls.__name__} has no {name}, which is {_shown(value)}")
         return {
             each.own: each.write(neutral[each.name]) for each in self.fields if each.name in neutral
@@ -155,6 +159,8 @@ def _is(value: Any, expected: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array {value.dtype}{list(value.shape)}"
     name = getattr(value, "__name__", None)
     return name if isinstance(name, str) else repr(value)
 
