@@ -29,7 +29,7 @@ from linsey.ir import (
     place,
     read_rules,
 )
-from linsey.ir.reserved import GRAPHDEF
+from linsey.ir.reserved import GRAPHDEF, LIFTED
 
 
 def kind_of(slot: Slot) -> type[nnx.Variable[Any]]:
@@ -167,7 +167,7 @@ def linen_module(graph: Graph, number: int) -> linen.Module:
             assert held is not None
             attrs = node.attrs if held is node.source else node.wrapper.attrs  # type: ignore[union-attr]
             cls = value(held.cls)
-            fields = [(str(key), attr) for key, attr in attrs if key != GRAPHDEF]
+            fields = [(str(key), attr) for key, attr in attrs if key not in (GRAPHDEF, LIFTED)]
             made[index] = cls(**{name: value.field(cls, name, attr) for name, attr in fields})
         return made[index]
 

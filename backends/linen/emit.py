@@ -15,7 +15,7 @@ from linsey.backends._record import Called
 from linsey.backends._runner import SharingRunner
 from linsey.backends._share import Session
 from linsey.backends._spec import HostSpec
-from linsey.backends.linen.host import NNXHost
+from linsey.backends.linen.host import LinenWithNNX, NNXHost
 from linsey.backends.linen.hosting import Hosting
 from linsey.backends.linen.region import Region
 from linsey.backends.linen.share import Blocks
@@ -30,9 +30,15 @@ def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, A
     )
     spec = HostSpec(graph, graph.root)
     if is_linen(spec.entry):
-        region = Region(spec)
-        variables = region.assemble(lambda slot: boxed(graph.slots[slot], arrays[slot]))
-        return linen_module(graph, graph.root), variables
+        region = Region.of(spec)
+        replaced = region.replaced
+
+        def value(slot: int) -> Any:
+            box = emitted_box if slot in replaced else boxed
+            return box(graph.slots[slot], arrays[slot])
+
+        made = LinenWithNNX(spec) if replaced else linen_module(graph, graph.root)
+        return made, region.assemble(value)
     return NNXHost(spec), _variables(spec, arrays)
 
 

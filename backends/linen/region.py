@@ -8,9 +8,10 @@ whose place an NNX module stands: see `Standin`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -18,15 +19,16 @@ from flax import errors, linen
 from flax.nnx import bridge
 
 from linsey._collections import unboxed
+from linsey._layers.replaced import replaced_op, replaces_linen
+from linsey._lifts import Lifts
 from linsey._places import linen_slots
 from linsey.backends import _private
 from linsey.backends._decode import linen_module
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.inner import Inner
-from linsey.backends.linen.lifts import Lifts
 from linsey.backends.linen.standin import Standin, of_plan
 from linsey.backends.nnx.build import Plan
-from linsey.backends.nnx.nodes import graphdef_of, replaced_op, replaces_linen
+from linsey.backends.nnx.nodes import graphdef_of
 from linsey.ir import EmitError, Path, node_paths
 from linsey.ir.reserved import GRAPH_COLLECTION
 
@@ -62,6 +64,7 @@ class Region:
             for path, number, _ in inside
             if replaces_linen(graph.nodes[number])
         }
+        self._own_standins = {path: standin for path, (standin, _) in self._standins.items()}
         moved = {
             slot: (place.collection, (*path, *place.path))
             for path, (standin, slots) in self._standins.items()
@@ -104,6 +107,16 @@ class Region:
         """The unbound module, made when it is first needed."""
         make: Callable[[HostSpec], Any] = lambda spec: linen_module(spec.graph, spec.node)  # noqa: E731
         return self.spec.cached("module", make)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def of(spec: HostSpec) -> Region:
+        """That of a spec."""
+        return spec.cached("region", Region)  # type: ignore[no-any-return]
+
+    @property
+    def replaced(self) -> frozenset[int]:
+        """The slots of the NNX modules that stand in the place of Linen ones."""
+        return frozenset(slot for _, slots in self._standins.values() for slot in slots)
 
     def assemble(
         self, value_of: Callable[[int], Any], without: Collection[Path] = ()
@@ -215,16 +228,9 @@ class Region:
         chosen = (self.mutable or False) if mutable is None else mutable
         module = self.module if module is None else module
         if standins is None:
-            standins = {path: standin for path, (standin, _) in self._standins.items()}
-        previous = _running.stack
-        _running.stack = (*previous, (self, live, standins))
+            standins = self._own_standins
         try:
-            if self._nnx or standins:
-                with linen.intercept_methods(self._route):
-                    made = module.apply(
-                        variables, *args, method=method, rngs=keys, mutable=chosen, **kwargs
-                    )
-            else:
+            with self._routed(live, standins, ()):
                 made = module.apply(
                     variables, *args, method=method, rngs=keys, mutable=chosen, **kwargs
                 )
@@ -235,9 +241,27 @@ class Region:
                 path=type(module).__name__,
                 fix="Pass rngs= with a key for every stream that the call draws from.",
             ) from error
+        return (made, {}) if chosen is False else (made[0], made[1])
+
+    def call_in(
+        self, scope: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Calls the module in a scope of Linen's that holds its variables."""
+        with self._routed(None, self._own_standins, scope.path), _private.no_parent():
+            module = self.module.clone(parent=scope, _deep_clone=True)
+            return getattr(module, method)(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _routed(self, live: Any, standins: Any, base: tuple[str, ...]) -> Iterator[None]:
+        """Inside the block, calls of what is no Linen code go where they belong."""
+        previous = _running.stack
+        _running.stack = (*previous, (self, live, standins, len(base)))
+        try:
+            is_needed = bool(self._nnx or standins)
+            with linen.intercept_methods(self._route) if is_needed else contextlib.nullcontext():
+                yield
         finally:
             _running.stack = previous
-        return (made, {}) if chosen is False else (made[0], made[1])
 
     def _route(
         self, run: Any, args: Any, kwargs: Any, context: linen.module.InterceptorContext
@@ -247,7 +271,8 @@ class Region:
         running = _running.stack[-1]
         if running is None or running[0] is not self:
             return run(*args, **kwargs)
-        standin = running[2].get(module.path) if module.scope is not None else None
+        path = module.path[running[3] :] if module.scope is not None else ()
+        standin = running[2].get(path)
         if standin is not None:
             return self._stand_in(standin, run, args, kwargs, context)
         if (
@@ -256,14 +281,13 @@ class Region:
             or module.is_initializing()
         ):
             return run(*args, **kwargs)
-        inner = self._nnx.get(module.path)
-        live = _running.stack[-1][1]
+        inner, live = self._nnx.get(path), running[1]
         if inner is None:
             return run(*args, **kwargs)
         previous = _running.stack
         _running.stack = (*previous, None)
         try:
-            return inner.call(module, args, kwargs, None if live is None else live(module.path))
+            return inner.call(module, args, kwargs, None if live is None else live(path))
         finally:
             _running.stack = previous
 

@@ -11,10 +11,10 @@ from flax import linen, nnx
 from flax.core import meta
 
 from linsey._collections import collection_of
+from linsey._lifts import Lifts
 from linsey._places import stored_path
 from linsey.backends.linen._nested import MISSING, merged, value_in, with_value
 from linsey.backends.linen.calls import adapted, with_modes
-from linsey.backends.linen.lifts import Lifts
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state
 from linsey.backends.nnx.native import Native, with_variables

@@ -10,13 +10,14 @@ from flax import linen, nnx
 
 from linsey import _trees
 from linsey._collections import kind_of_collection, unboxed
+from linsey._layers.replaced import replaced_op, replaces_linen
 from linsey.backends._decode import boxed
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.region import NOT_BY_DEFAULT, Region
 from linsey.backends.linen.standin import Standin, of_module, of_native
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.native import Native, native_layer
-from linsey.backends.nnx.nodes import is_hosted, replaced_op, replaces_linen
+from linsey.backends.nnx.nodes import is_hosted
 from linsey.backends.nnx.objects import value_at
 from linsey.ir import (
     EmitError,
@@ -134,7 +135,7 @@ class LinenHost(nnx.Module):
                 child = attributes.get(attribute)
                 node = graph.nodes[number]
                 is_linen = is_hosted(node)
-                if isinstance(child, LinenHost) and is_linen:
+                if isinstance(child, LinenHost) and is_linen and _is_node(child, graph, number):
                     walk(child, (*path, name))
                 elif isinstance(child, nnx.Module) and (is_linen or replaces_linen(node)):
                     held[*path, name] = _standin(
@@ -283,6 +284,11 @@ def _find_children(spec: HostSpec) -> list[tuple[Key, int, str]]:
     return [(name, number, names[None, name]) for name, number in spec.entry.children]
 
 
+def _is_node(host: LinenHost, graph: Graph, number: int) -> bool:
+    spec = host.linsey_spec
+    return spec.node == number and (spec.graph is graph or spec.graph == graph)
+
+
 def _standin(
     spec: HostSpec, child: Any, number: int, region: Region, path: Path
 ) -> tuple[Standin, list[nnx.Variable[Any]]]:
@@ -304,7 +310,7 @@ def _boxed_value(graph: Graph, variable: nnx.Variable[Any], slot: int | None) ->
 
 
 def _region(spec: HostSpec) -> Region:
-    return spec.cached("region", Region)  # type: ignore[no-any-return]
+    return Region.of(spec)
 
 
 def _with_extra(region: Region, extra: dict[str, Any], held: Mapping[Path, Any]) -> Any:

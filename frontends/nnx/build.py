@@ -15,6 +15,8 @@ from flax.nnx import bridge
 from linsey import _trees
 from linsey._collections import collection_of
 from linsey._layers import op_of
+from linsey._layers.replaced import replaces_linen
+from linsey._lifts import Lifts, fits_stack
 from linsey.frontends import _private
 from linsey.frontends._builder import Builder, Draft
 from linsey.frontends._encode import FlaxEncoder, nnx_variable
@@ -22,8 +24,10 @@ from linsey.ir import (
     Const,
     Graph,
     Host,
+    HostParts,
     Key,
     LoweringError,
+    Node,
     Path,
     Sequence,
     Slot,
@@ -35,8 +39,9 @@ from linsey.ir import (
     encode,
     format_path,
     is_host,
+    node_paths,
 )
-from linsey.ir.reserved import KEYS, NAMES, NODES, STATE, TREE
+from linsey.ir.reserved import KEYS, LIFTED, NAMES, NODES, STATE, TREE
 
 _MAX_ALIASES = 8
 
@@ -276,9 +281,7 @@ class Walker:
         draft.op, draft.source = was.op, was.source
         draft.attrs = list(was.attrs)
         draft.signatures = list(was.signatures)
-        for stream, index in was.streams:
-            use = parts.graph.streams[index].use
-            self._builder.path_stream(draft, stream, at_call=use == "call")
+        self._restore_streams(draft, parts.graph, was)
         indices = {(parts.graph.slots[slot].collection, name): slot for name, slot in was.slots}
         for (collection, name), variable in parts.variables.items():
             slot = self._variable(variable, (*path, name))
@@ -287,7 +290,9 @@ class Walker:
         known = dict(was.children)
         for name, child in parts.children.items():
             draft.children[name] = self._node(child, (*path, name))
-            if not is_host(child) and name in known:
+            if name in known and _is_replaced(child, parts, known[name]):
+                self._replaced(draft.children[name], (*path, name), parts, known[name])
+            elif not is_host(child) and name in known:
                 self._restore_below(draft.children[name], parts.graph, known[name])
         if parts.own:
             own = Draft()
@@ -318,10 +323,7 @@ class Walker:
     def _restore_below(self, number: int, graph: Graph, was: int) -> None:
         """The same for an NNX child, and all below it that is still there."""
         draft, node = self._builder.nodes[number], graph.nodes[was]
-        for name, index in node.streams:  # a ToLinen draws from Linen's streams
-            stream = graph.streams[index]
-            if stream.derivation == "path":
-                self._builder.path_stream(draft, name, at_call=stream.use == "call")
+        self._restore_streams(draft, graph, node)  # a ToLinen draws from Linen's streams
         own, wrapper = draft.wrapper, node.wrapper
         if own is None:  # that of a ToNNX is here again, that of a ToLinen is not
             draft.wrapper = wrapper
@@ -330,6 +332,48 @@ class Walker:
             self._restore_children(own.children, graph, wrapper.children)
         self._restore_slots(draft.slots, graph, node.slots)
         self._restore_children(tuple(draft.children.items()), graph, node.children)
+
+    def _replaced(self, number: int, path: Path, parts: HostParts, was: int) -> None:
+        """Notes that an NNX module stands where Linen code calls a module of its own."""
+        draft, node = self._builder.nodes[number], parts.graph.nodes[was]
+        assert node.source is not None
+        lifts, place = Lifts(parts.graph), node_paths(parts.graph)[was]
+        base = path[: len(path) - len(place)]
+        if node.source.dialect == "linen":
+            passed = lifts.passed(place)
+            more = ((LIFTED, encode(passed)),) if passed else ()
+            draft.wrapper = Wrapper(cls=node.source.cls, attrs=(*node.attrs, *more))
+        else:
+            draft.wrapper = node.wrapper
+        draft.signatures = list(node.signatures)
+        self._restore_streams(draft, parts.graph, node, uses=("call",))
+        for slot in self._slots_below(number):
+            found = self._builder.slots[slot]
+            stack = lifts.stack(place, found.collection)
+            if not found.stack and fits_stack(found.type, stack):
+                stack = tuple(dataclasses.replace(a, owner=(*base, *a.owner)) for a in stack)
+                self._builder.slots[slot] = dataclasses.replace(found, stack=stack)
+
+    def _slots_below(self, number: int) -> list[int]:
+        found: dict[int, None] = {}
+        seen: set[int] = set()
+        todo = [number]
+        while todo:
+            node = todo.pop()
+            if node not in seen:
+                seen.add(node)
+                found.update(dict.fromkeys(slot for _, slot in self._builder.nodes[node].slots))
+                todo.extend(self._builder.nodes[node].children.values())
+        return list(found)
+
+    def _restore_streams(
+        self, draft: Draft, graph: Graph, node: Node, uses: tuple[str, ...] = ("call", "init")
+    ) -> None:
+        """Notes the streams of Linen that a node draws from."""
+        for name, index in node.streams:
+            stream = graph.streams[index]
+            if stream.derivation == "path" and stream.use in uses:
+                self._builder.path_stream(draft, name, at_call=stream.use == "call")
 
     def _restore_slots(self, slots: Named, graph: Graph, were: Named) -> None:
         before = dict(were)
@@ -367,6 +411,25 @@ class Walker:
         if path not in slot.paths and len(slot.paths) < _MAX_ALIASES:
             paths = (*slot.paths, path)
             self._builder.slots[number] = dataclasses.replace(slot, paths=paths)
+
+
+def _is_replaced(child: Any, parts: HostParts, was: int) -> bool:
+    """Whether a child of Linen code is no longer the Linen module that the code makes there."""
+    node = parts.graph.nodes[was]
+    if node.source is None or not (isinstance(child, nnx.Module) or is_host(child)):
+        return False
+    if node.source.dialect != "linen":  # replaced before, or in a ToLinen
+        return replaces_linen(node)
+    if not is_host(child):
+        return True
+    here = child.linsey_parts()
+    if here.node == was and (here.graph is parts.graph or here.graph == parts.graph):
+        return False
+    raise LoweringError(
+        "found Linen code of another program in the place of a Linen module",
+        path=str(here.graph.nodes[here.node].source),
+        fix="Hold it in an nnx.Module of your own, and put that in its place.",
+    )
 
 
 def _moved_stack(was: Slot, now: Slot) -> tuple[StackAxis, ...]:

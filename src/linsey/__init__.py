@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from linsey.program import Program, load
     from linsey.runtime import Executable
     from linsey.runtime.exported import Export
+    from linsey.surgery import replace
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOME = {
     "Values": "linsey.runtime",  # which makes it a pytree
     "load": "linsey.program",
     "lower": "linsey.lowering",
+    "replace": "linsey.surgery",
     "to_linen": "linsey.lowering",
     "to_nnx": "linsey.lowering",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "Values",
     "load",
     "lower",
+    "replace",
     "to_linen",
     "to_nnx",
 ]

@@ -111,3 +111,19 @@ def variable_places(graph: Graph) -> dict[int, Path]:
     """Collection and path of each Linen variable of a graph whose root stands in Linen."""
     slots = linen_slots(graph, graph.root)
     return {slot: (graph.slots[slot].collection, *map(as_key, path)) for path, slot in slots}
+
+
+def slots_below(graph: Graph, root: Node) -> list[int]:
+    """The slots of a node and all below it, wrappers included, each once."""
+    found: dict[int, None] = {}
+    seen: set[int] = set()
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        held = ((), ()) if node.wrapper is None else (node.wrapper.slots, node.wrapper.children)
+        found.update(dict.fromkeys(slot for _, slot in (*node.slots, *held[0])))
+        for _, child in (*node.children, *held[1]):
+            if child not in seen:
+                seen.add(child)
+                todo.append(graph.nodes[child])
+    return list(found)
