@@ -332,6 +332,7 @@ _ENTRIES = (
             "decode": False,
             "normalize_qk": False,
             "promote_dtype": None,
+            "ln_promote_dtype": None,
             "qkv_dot_general": None,
             "out_dot_general": None,
             "cache_shape": None,

@@ -17,13 +17,16 @@ from linsey.backends._share import Session
 from linsey.backends._spec import HostSpec
 from linsey.backends.linen.host import LinenWithNNX, NNXHost
 from linsey.backends.linen.hosting import Hosting
+from linsey.backends.linen.native import NativeModule, native_module
 from linsey.backends.linen.region import Region
 from linsey.backends.linen.share import Blocks
 from linsey.backends.nnx.nodes import is_hosted
 from linsey.ir import Graph, Node, Values, decode
 
 
-def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, Any]]:
+def emit(
+    graph: Graph, values: Values | None, *, native: bool = True
+) -> tuple[linen.Module, dict[str, Any]]:
     """Emits a graph as ``(module, variables)``; see `linsey.Program.emit`."""
     arrays: Sequence[Any] = (
         list(map(_trees.abstract_value, graph.slots)) if values is None else values.arrays
@@ -39,6 +42,9 @@ def emit(graph: Graph, values: Values | None) -> tuple[linen.Module, dict[str, A
 
         made = LinenWithNNX(spec) if replaced else linen_module(graph, graph.root)
         return made, region.assemble(value)
+    found = native_module(graph, graph.root) if native else ""
+    if isinstance(found, NativeModule):
+        return found.module, found.variables(graph, arrays)
     return NNXHost(spec), _variables(spec, arrays)
 
 

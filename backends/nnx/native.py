@@ -38,11 +38,11 @@ class Part:
     path: Path
     """Where it is, below the layer."""
     slots: tuple[int, ...]
-    """The slots of the graph that it holds; several where the other API keeps them apart."""
+    """The slots of the graph that it holds; several where Linen keeps apart what NNX joins."""
     axis: int = 0
     """The axis by which several are joined, stacked axes counted."""
     sizes: tuple[int, ...] = ()
-    """Their sizes along it."""
+    """The sizes of the parts along it; empty where there is one part."""
 
     def join(self, values: Sequence[Any]) -> Any:
         """The value of the Variable, from those of its slots."""
@@ -57,7 +57,7 @@ class Part:
 
     def split(self, value: Any) -> list[Any]:
         """The values of its slots: the inverse of `join`."""
-        if len(self.slots) == 1:
+        if not self.sizes:
             return [value]
         ends = [sum(self.sizes[: count + 1]) for count in range(len(self.sizes) - 1)]
         if isinstance(value, jax.ShapeDtypeStruct):
@@ -98,36 +98,20 @@ class Native:
             part: (kind_of(graph.slots[part.slots[0]]), _metadata(graph, part)) for part in parts
         }
         self._collections = {part: graph.slots[part.slots[0]].collection for part in parts}
-        self._template = self._construct(target, neutral, graph)
+        self._template = construct(target, neutral)
+        self._complete(graph)
 
-    def _construct(self, target: Row, neutral: Mapping[str, Any], graph: Graph) -> Any:
-        """The layer as its constructor makes it, with no values."""
-        options = {**target.write(neutral), **target.make}
-        known = inspect.signature(target.cls.__init__).parameters
-        unknown = options.keys() - known.keys()
-        if unknown:
-            raise RefusedError(f"this flax.nnx.{target.cls.__name__} has no {min(unknown)}")
-        takes_rngs = "rngs" in known and "rngs" not in options
-
-        def construct() -> Any:
-            return target.cls(**options, **({"rngs": nnx.Rngs(0)} if takes_rngs else {}))
-
-        with nnx.use_eager_sharding(False):
-            made = nnx.eval_shape(construct)
-        for attribute, name in target.set_after.items():
-            setattr(made, attribute, neutral[name])
-        found = {path for path, _ in nnx.to_flat_state(nnx.state(made))}
-        places = {part.path for part in self.parts}
-        if found - places:
-            raise RefusedError(
-                f"flax.nnx.{target.cls.__name__} holds {min(map(str, found - places))} besides"
-            )
+    def _complete(self, graph: Graph) -> None:
+        """Checks the Variables of the template, and adds those that no constructor makes."""
+        found = {path for path, _ in nnx.to_flat_state(nnx.state(self._template))}
+        more = found - {part.path for part in self.parts}
+        if more:
+            raise RefusedError(f"flax.nnx.{self.cls.__name__} holds {min(map(str, more))} besides")
         for part in self.parts:
-            if part.path not in found:  # a cache: its constructor makes none
-                holder = value_at(made, part.path[:-1])
+            if part.path not in found:  # a cache
                 value = part.join([_trees.abstract_value(graph.slots[s]) for s in part.slots])
+                holder = value_at(self._template, part.path[:-1])
                 setattr(holder, str(part.path[-1]), self._kinds[part][0](value))
-        return made
 
     def collection(self, part: Part) -> str:
         """The Linen collection of a Variable."""
@@ -195,7 +179,7 @@ class Native:
 
     def is_unchanged(self, obj: Any) -> bool:
         """Whether an object is this layer still: the same class, fields and kinds of Variables."""
-        return _is_alike(obj, self._template)
+        return is_alike(obj, self._template)
 
     def slot_variables(self, obj: Any) -> dict[int, nnx.Variable[Any]]:
         """The Variables of a layer by slot; of one that holds several slots, its pieces."""
@@ -211,6 +195,30 @@ class Native:
                     else type(variable).from_metadata(piece, variable.get_metadata())
                 )
         return found
+
+
+def construct(row: Row, neutral: Mapping[str, Any]) -> Any:
+    """A layer of NNX as its constructor makes it, with shapes for values.
+
+    Raises:
+        RefusedError: this release of flax does not take one of the fields.
+    """
+    options = {**row.write(neutral), **row.make}
+    constructor: Any = row.cls.__init__  # type: ignore[misc]
+    known = inspect.signature(constructor).parameters
+    unknown = options.keys() - known.keys()
+    if unknown:
+        raise RefusedError(f"this flax.nnx.{row.cls.__name__} has no {min(unknown)}")
+    takes_rngs = "rngs" in known and "rngs" not in options
+
+    def make() -> Any:
+        return row.cls(**options, **({"rngs": nnx.Rngs(0)} if takes_rngs else {}))
+
+    with nnx.use_eager_sharding(False):
+        made = nnx.eval_shape(make)
+    for attribute, name in row.set_after.items():
+        setattr(made, attribute, neutral[name])
+    return made
 
 
 _MOST_SEEN = 64
@@ -256,7 +264,8 @@ def _has_classes(obj: Any, template: Any, parts: Sequence[Part]) -> bool:
     return True
 
 
-def _is_alike(obj: Any, template: Any) -> bool:
+def is_alike(obj: Any, template: Any) -> bool:
+    """Whether two layers have the same class, fields and kinds of Variables."""
     if isinstance(template, nnx.Variable):
         return type(obj) is type(template)
     if isinstance(template, nnx.Module):
@@ -264,7 +273,7 @@ def _is_alike(obj: Any, template: Any) -> bool:
         return (
             type(obj) is type(template)
             and names == vars(obj).keys() - {"_pytree__state", "_pytree__nodes"}
-            and all(_is_alike(vars(obj)[name], vars(template)[name]) for name in names)
+            and all(is_alike(vars(obj)[name], vars(template)[name]) for name in names)
         )
     try:
         return obj is template or bool(obj == template)

@@ -6,6 +6,7 @@ from typing import Any
 
 from linsey._places import slots_below
 from linsey.ir import Graph, Node, decode
+from linsey.ir.ops import OPS
 from linsey.ir.reserved import GRAPHDEF
 
 
@@ -32,3 +33,8 @@ def wrapper_slots(graph: Graph) -> set[int]:
         for _, child in node.wrapper.children
         for slot in slots_below(graph, graph.nodes[child])
     }
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether a node is a layer of flax that holds no others."""
+    return node.op in OPS and not OPS[node.op].holds

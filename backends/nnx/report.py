@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from linsey.backends._report import Report, ReportRow
 from linsey.backends.nnx.native import Native, native_layer, native_root
-from linsey.backends.nnx.nodes import is_hosted
-from linsey.ir import Graph, Node, Path, describe, describe_class
+from linsey.backends.nnx.nodes import is_hosted, is_leaf
+from linsey.ir import Graph, Path, describe, describe_class
 from linsey.ir.ops import OPS
 
 USER_CODE = "it is user code"
@@ -75,8 +75,3 @@ def why(graph: Graph, number: int, native: bool) -> Native | str:
     if not native:
         return "native=False"
     return native_root(graph) if number == graph.root else native_layer(graph, number)
-
-
-def is_leaf(node: Node) -> bool:
-    """Whether a node is a layer of flax that holds no others."""
-    return node.op in OPS and not OPS[node.op].holds

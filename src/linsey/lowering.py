@@ -158,13 +158,18 @@ def _give_streams(model: Any, program: Program, rngs: Any) -> None:
         model.linsey_streams(nnx.Rngs(**kept))
 
 
-def to_linen(source: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+def to_linen(
+    source: Any, *args: Any, rngs: Any = None, native: bool = True, **kwargs: Any
+) -> tuple[Any, Any]:
     """Converts a module to a Linen module and its variables.
 
     Args:
         source: an NNX module or a factory of one, or what `lower` takes else.
         args: sample inputs, as for `lower`.
         rngs: for factories and Linen modules, as for `lower`.
+        native: whether a layer, or a sequence of layers, becomes Linen's own where that computes
+            the same, bit for bit; `Program.report` tells. User code, and all that it calls, is
+            hosted.
         kwargs: keyword inputs.
 
     Returns:
@@ -185,5 +190,5 @@ def to_linen(source: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[
     program = lower(source, *args, rngs=rngs, **kwargs)
     if program.values is None:
         program = program.init(rngs)
-    module, variables = program.emit("linen")
+    module, variables = program.emit("linen", native=native)
     return module, variables

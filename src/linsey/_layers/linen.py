@@ -98,6 +98,17 @@ def _einsum(found: Found, shapes: Shapes, inputs: Shape | None) -> dict[str, Any
     return {"bias_shape": shapes.get("bias")}
 
 
+def _einsum_bias(neutral: Mapping[str, Any]) -> None:
+    """Linen tells the shape of the bias from the equation; NNX takes what it is given."""
+    text, shape = neutral["einsum_str"], neutral["bias_shape"]
+    if shape is None or text is None:
+        return
+    operands, _, result = text.replace(" ", "").partition("->")
+    sizes = dict(zip(operands.partition(",")[2], neutral["kernel_shape"], strict=False))
+    if "." in text or tuple(sizes[name] for name in result if name in sizes) != tuple(shape):
+        raise RefusedError(f"its bias of shape {shape} is not the one that {text} asks for")
+
+
 def _conv(found: Found, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
     return {"in_features": _axis(shapes, "kernel", -2) * found["feature_group_count"]}
 
@@ -183,8 +194,14 @@ def _norm_row(op: str, cls: type, *more: Field, names: tuple[str, ...] = (), **o
         fixed={"force_float32_reductions": True},
         ignored=frozenset({"scale_init", "bias_init"}),
         check=_plain_promotion,
+        implied=frozenset({"promote_dtype"}),
         **{"infer": _norm, **options},
     )
+
+
+def _plain_head_norms(neutral: Mapping[str, Any]) -> None:
+    if neutral["normalize_qk"]:
+        _plain_promotion({**neutral, "promote_dtype": neutral["ln_promote_dtype"]})
 
 
 _NARROW = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -248,7 +265,8 @@ def _attention_row(cls: type) -> Row:
             },
         },
         infer=_attention,
-        implied=frozenset({"cache_shape"}),
+        implied=frozenset({"cache_shape", "ln_promote_dtype"}),
+        check=_plain_head_norms,
     )
 
 
@@ -292,11 +310,13 @@ ROWS: tuple[Row, ...] = (
             *_TYPES,
             *fields("einsum_str", "precision", "preferred_element_type"),
             Field(name="kernel_shape", own="shape", read=tupled),
+            Field(name="bias_shape", own="use_bias", write=lambda shape: shape is not None),
             PROMOTE,
         ),
-        ignored=frozenset({"use_bias", *_INITS}),
+        ignored=_INITS,
         slots=_WEIGHTS,
         infer=_einsum,
+        check=_einsum_bias,
     ),
     Row(
         op="conv",

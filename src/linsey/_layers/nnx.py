@@ -257,12 +257,12 @@ ROWS: tuple[Row, ...] = (
                 read=PROMOTE.read,
                 write=PROMOTE.write,
             ),
+            _default("ln_promote_dtype", keep_dtypes),
         ),
         fixed={
             "qkv_dot_general_cls": None,
             "out_dot_general_cls": None,
             "out_promote_dtype": dtypes.promote_dtype,
-            "ln_promote_dtype": keep_dtypes,
             "rngs": None,
         },
         ignored=frozenset({"head_dim", "num_kv_heads"}),
@@ -277,7 +277,7 @@ ROWS: tuple[Row, ...] = (
         },
         infer=_cache_shape,
         implied=frozenset({"cache_shape"}),
-        make={"keep_rngs": False, "ln_promote_dtype": keep_dtypes},
+        make={"keep_rngs": False},
     ),
     _cell_row("lstm_cell", nnx.LSTMCell, "gate_fn", slots=params(**_LSTM)),
     _cell_row(
