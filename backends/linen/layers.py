@@ -73,6 +73,18 @@ class NNXBatchNorm(linen.BatchNorm):
         return super().__call__(x, chosen, mask=mask)
 
 
+class NNXEinsum(linen.Einsum):
+    """An einsum whose calls may name another equation than its construction, as in NNX."""
+
+    at_construction: str | None = None
+    """What NNX calls ``einsum_str``."""
+
+    @linen.compact
+    def __call__(self, inputs: Any, einsum_str: str | None = None) -> Any:
+        """Contracts an array with the kernel, as the equation says."""
+        return super().__call__(inputs, self.at_construction if einsum_str is None else einsum_str)
+
+
 class NNXSequential(linen.Sequential):
     """A sequence whose keyword arguments go where ``nnx.Sequential`` takes them."""
 

@@ -13,7 +13,12 @@ from linsey._layers import RefusedError, Row, row_for_class, row_for_op
 from linsey._places import attribute_paths
 from linsey.backends import _private
 from linsey.backends._decode import emitted_box
-from linsey.backends.linen.layers import NNXBatchNorm, NNXDropout, NNXSequential
+from linsey.backends.linen.layers import (
+    NNXBatchNorm,
+    NNXDropout,
+    NNXEinsum,
+    NNXSequential,
+)
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.native import Part, construct, is_alike, own_shape
 from linsey.ir import Graph, LinseyError, Path, TensorType, decode
@@ -106,6 +111,7 @@ def _layer(graph: Graph, number: int, row: Row, target: Row) -> NativeModule:
 _MODES: Mapping[str, tuple[str, type[linen.Module]]] = {
     "batch_norm": ("use_running_average", NNXBatchNorm),
     "dropout": ("deterministic", NNXDropout),
+    "einsum": ("einsum_str", NNXEinsum),
 }
 
 

@@ -10,10 +10,8 @@ from linsey._layers.replaced import replaces_linen
 from linsey.backends._report import Report, ReportRow
 from linsey.backends.linen.native import NativeModule, native_module
 from linsey.backends.nnx.nodes import is_leaf
-from linsey.ir import Graph, Path, decode, describe_class
+from linsey.ir import Graph, Node, Path, decode, describe_class
 from linsey.ir.ops import OPS
-
-_CONTAINERS = (nnx.List, nnx.Dict)
 
 
 def report(graph: Graph, *, native: bool = True) -> Report:
@@ -39,7 +37,7 @@ def _rows(
         return
     seen.add(number)
     source = node.source
-    if source is not None and decode(source.cls) not in _CONTAINERS and node.op != "container":
+    if source is not None and (number == graph.root or not _is_container(node)):
         layer = f"{source.dialect}.{describe_class(source.cls)}"
         is_kept = source.dialect == "linen" or (
             node.wrapper is not None and issubclass(decode(node.wrapper.cls), linen.Module)
@@ -75,6 +73,12 @@ def _rows(
                 )
     for name, child in node.children:
         yield from _rows(graph, child, (*path, name), native, host, seen)
+
+
+def _is_container(node: Node) -> bool:
+    return node.op == "container" or (
+        node.source is not None and decode(node.source.cls) in (nnx.List, nnx.Dict)
+    )
 
 
 def _depth(module: linen.Module) -> int:

@@ -526,7 +526,7 @@ def test_a_stream_that_cannot_advance_is_refused(mutable: Any) -> None:
 
 
 def test_a_variable_of_another_shape_is_refused() -> None:
-    module, variables = linsey.to_linen(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    module, variables = linsey.to_linen(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), native=False)
     wrong = {"params": {**variables["params"], "bias": jnp.ones(1)}}
     for mutable in (False, ["params"]):
         with pytest.raises(

@@ -87,7 +87,7 @@ CALLED = [case for case in RUN if case.call is APPLY]
 def test_hosted_in_linen_gives_nnx_numbers(case: NNXCase) -> None:
     with expected_warnings(case):
         source = case.build(case.make_rngs())
-        module, variables = linsey.to_linen(case.build(case.make_rngs()))
+        module, variables = linsey.to_linen(case.build(case.make_rngs()), native=False)
         expected = source(*case.args, **case.kwargs)
         found, updates = module.apply(variables, *case.args, mutable=True, **case.kwargs)
         assert_same(found, expected)
@@ -101,6 +101,20 @@ def test_hosted_in_linen_gives_nnx_numbers(case: NNXCase) -> None:
                 updates, *method.args, method=method.method, mutable=True, **method.kwargs
             )
             assert_same(found, expected)
+
+
+@pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
+def test_as_linen_modules_they_give_nnx_numbers(case: NNXCase) -> None:
+    with expected_warnings(case):
+        source = case.build(case.make_rngs())
+        if linsey.lower(source).report()[""].became != "native":
+            return
+        module, variables = linsey.to_linen(case.build(case.make_rngs()))
+        expected = source(*case.args, **case.kwargs)
+        found, updates = module.apply(variables, *case.args, mutable=True, **case.kwargs)
+        assert_same(found, expected)
+        _, after = linsey.to_linen(source)
+        assert_same(known({**variables, **updates}, after), after)
 
 
 def known(updates: Any, like: Any) -> Any:
