@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,15 +14,17 @@ from flax import linen, nnx
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class ScopeStream(nnx.RngStream):
-    """A stream that draws from the scope of a Linen module, by Linen's derivation."""
+class DrawnStream(nnx.RngStream):
+    """A stream that is not one of NNX's own: a function gives its keys."""
 
-    def __init__(self, module: linen.Module, name: str) -> None:
-        object.__setattr__(self, "_draw", lambda: module.make_rng(name))
+    draw: Callable[[], Any]
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        object.__setattr__(self, "draw", draw)
 
     def __call__(self) -> Any:
         """A key."""
-        return self._draw()
+        return self.draw()
 
 
 class ScopeRngs(nnx.Rngs):
@@ -33,11 +36,11 @@ class ScopeRngs(nnx.Rngs):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return ScopeStream(self._module, name)
+        return DrawnStream(functools.partial(self._module.make_rng, name))
 
     def __getitem__(self, name: str) -> Any:
         """The stream of a name."""
-        return ScopeStream(self._module, name)
+        return DrawnStream(functools.partial(self._module.make_rng, name))
 
     def __call__(self) -> Any:
         """A key of the stream ``default``."""
@@ -114,20 +117,10 @@ def _with_keys(
     own = getattr(made, "rngs", None)
     name = getattr(made, "rng_collection", "dropout")
     if key is not None:
-        kwargs["rngs"] = _Once(key)
+        kwargs["rngs"] = DrawnStream(lambda: key)
     elif own is None or module.has_rng(name):
         kwargs["rngs"] = ScopeRngs(module)
     return args, kwargs
-
-
-class _Once(nnx.RngStream):
-    """A stream that gives one key."""
-
-    def __init__(self, key: Any) -> None:
-        object.__setattr__(self, "_key", key)
-
-    def __call__(self) -> Any:
-        return self._key
 
 
 def _takes(cls: type, name: str) -> bool:

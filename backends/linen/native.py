@@ -101,7 +101,7 @@ def _layer(graph: Graph, number: int, row: Row, target: Row) -> NativeModule:
     template = construct(row, neutral)
     for name in heads:  # a cache, which no constructor makes
         if isinstance(vars(made).get(name), nnx.Variable) and vars(template).get(name) is None:
-            setattr(template, name, vars(made)[name])
+            setattr(template, str(name), vars(made)[name])
     if not is_alike(made, template):
         raise RefusedError("it is not as its constructor makes it")
     module = _with_mode(target, target.write(neutral), bool(stream))

@@ -19,7 +19,7 @@ from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state
 from linsey.backends.nnx.native import Native, with_variables
 from linsey.backends.nnx.objects import rebuild, value_at
-from linsey.ir import EmitError, Path, format_path
+from linsey.ir import EmitError, Path, as_key, format_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ class Standin:
                 fix="Name the collection in the transform's variable_axes, or keep the state out.",
             )
         top = str(place.path[0])
-        old = module.get_variable(place.collection, top)
+        old: Any = module.get_variable(place.collection, top)
         module.put_variable(place.collection, top, with_value(old, place.path[1:], value))
 
     def _store_new(self, module: linen.Module, made: Any) -> None:
@@ -127,7 +127,7 @@ class Standin:
         for collection, tree in new_state(made, {place.own for place in self.places}).items():
             if module.is_mutable_collection(collection):
                 for name, value in tree.items():
-                    old = module.get_variable(collection, str(name), {})
+                    old: Any = module.get_variable(collection, str(name), {})
                     module.put_variable(collection, str(name), merged(old, value))
 
 
@@ -195,8 +195,9 @@ def of_module(
 
 
 def _leaves(obj: Any) -> Iterator[tuple[Path, nnx.Variable[Any]]]:
-    for path, leaf in nnx.to_flat_state(nnx.state(obj)):
+    for keys, leaf in nnx.to_flat_state(nnx.state(obj)):
         if isinstance(leaf, nnx.Variable):
+            path: Path = tuple(map(as_key, keys))
             yield path, value_at(obj, path)
 
 

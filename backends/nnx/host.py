@@ -108,7 +108,7 @@ class LinenHost(nnx.Module):
             rngs=self._keys(rngs),
             mutable=_with_extra(region, extra, held) if mutable is None else mutable,
             live=self._child,
-            standins={path: standin for path, (standin, _) in held.items()},
+            standins={tuple(map(str, path)): standin for path, (standin, _) in held.items()},
         )
         found, rest = region.find(updates, variable_at)
         for slot, value in found:

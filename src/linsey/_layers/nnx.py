@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
@@ -146,7 +147,7 @@ ROWS: tuple[Row, ...] = (
             *_PREFERRED,
             PROMOTE,
         ),
-        fixed={"einsum_op": nnx.Einsum.__init__.__kwdefaults__["einsum_op"]},
+        fixed={"einsum_op": jnp.einsum},
         slots=_WEIGHTS,
         set_after={"einsum_str": "einsum_str"},
     ),
