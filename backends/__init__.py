@@ -8,13 +8,14 @@ from linsey.backends._report import Report, ReportRow
 
 if TYPE_CHECKING:
     from linsey.backends._decode import decode_linen
-    from linsey.backends._private import no_parent
+    from linsey.backends._private import folded, no_parent
     from linsey.backends._spec import HostSpec
 
 # Loaded when first used: a program that was exported runs without flax.
 _HOME = {
     "HostSpec": "linsey.backends._spec",
     "decode_linen": "linsey.backends._decode",
+    "folded": "linsey.backends._private",
     "no_parent": "linsey.backends._private",
 }
 
@@ -27,6 +28,7 @@ __all__ = [
     "Runner",
     "SharedCalls",
     "decode_linen",
+    "folded",
     "no_parent",
 ]
 

@@ -48,7 +48,12 @@ class ScopeRngs(nnx.Rngs):
 
 
 def adapted(
-    op: str, module: linen.Module, made: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    op: str,
+    module: linen.Module,
+    made: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    prefers_own: bool = False,
 ) -> Arguments:
     """The arguments for an NNX module, from those for the Linen module in whose place it stands.
 
@@ -58,11 +63,22 @@ def adapted(
         made: the NNX module.
         args: positional arguments of the call.
         kwargs: its keyword arguments.
+        prefers_own: whether a stream of the module's own comes before those of the scope.
     """
     adapt = _ADAPTERS.get(op)
     if adapt is None:
         return args, dict(kwargs)
-    return adapt(module, made, args, dict(kwargs))
+    args, kwargs = adapt(module, made, args, dict(kwargs))
+    if isinstance(kwargs.get("rngs"), ScopeRngs) and _uses_own(module, made, prefers_own):
+        del kwargs["rngs"]
+    return args, kwargs
+
+
+def _uses_own(module: linen.Module, made: Any, prefers_own: bool) -> bool:
+    has_own = getattr(made, "rngs", None) is not None
+    return has_own and (
+        prefers_own or not module.has_rng(getattr(made, "rng_collection", "dropout"))
+    )
 
 
 def with_modes(module: linen.Module, made: Any, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -114,12 +130,7 @@ def _with_keys(
     """Adds ``rngs``: the key that the caller gave, or the streams of the scope."""
     if not _takes(type(made), "rngs"):
         return args, kwargs
-    own = getattr(made, "rngs", None)
-    name = getattr(made, "rng_collection", "dropout")
-    if key is not None:
-        kwargs["rngs"] = DrawnStream(lambda: key)
-    elif own is None or module.has_rng(name):
-        kwargs["rngs"] = ScopeRngs(module)
+    kwargs["rngs"] = ScopeRngs(module) if key is None else DrawnStream(lambda: key)
     return args, kwargs
 
 

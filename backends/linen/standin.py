@@ -58,6 +58,8 @@ class Standin:
         changes: Callable[[linen.Module], Mapping[str, Any]] | None = None,
         boxes: Sequence[int | None] = (),
     ) -> None:
+        self.prefers_own = False
+        """Whether a stream of the module's own comes before those of the Linen scope."""
         self._changes = changes
         self.places = places
         self.boxes = boxes
@@ -87,7 +89,7 @@ class Standin:
             kwargs = with_modes(module, made, kwargs)
         else:
             vars(made).update(self._changes(module))
-        args, kwargs = adapted(self._op, module, made, args, kwargs)
+        args, kwargs = adapted(self._op, module, made, args, kwargs, self.prefers_own)
         grown = _size(made)
         output = getattr(made, name)(*args, **kwargs)
         for place, old, new in zip(self.places, values, self._read(made), strict=True):

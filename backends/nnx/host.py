@@ -91,6 +91,7 @@ class LinenHost(nnx.Module):
         variables = region.assemble(functools.partial(self._value, region), held)
         variable_at: dict[tuple[str, Path], Any] = {}
         for path, (standin, leaves) in held.items():
+            standin.prefers_own = rngs is None
             boxes = standin.boxes or [None] * len(leaves)
             pairs = zip(leaves, boxes, strict=True)
             standin.put(variables, path, [_boxed_value(graph, *pair) for pair in pairs])

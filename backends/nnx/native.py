@@ -87,8 +87,9 @@ class Native:
         graph: Graph,
     ) -> None:
         self.source = source
-        self._target = target
-        self._own = own
+        self.target = target
+        self.own = own
+        self.neutral = neutral
         self._seen: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
         self.cls = target.cls
         self.is_lifted = False
@@ -142,14 +143,14 @@ class Native:
         Raises:
             EmitError: it asks for what the class cannot do.
         """
-        names = [name for name in self._own if name not in self.source.ignored]
+        names = [name for name in self.own if name not in self.source.ignored]
         values = [getattr(module, name) for name in names]
         key = tuple(map(id, values))
         if key not in self._seen:
             new = {
                 name: value
                 for name, value in zip(names, values, strict=True)
-                if not _is_equal(value, self._own[name])
+                if not _is_equal(value, self.own[name])
             }
             if len(self._seen) > _MOST_SEEN:
                 self._seen.clear()
@@ -158,7 +159,7 @@ class Native:
 
     def _attributes(self, module: Any, new: Mapping[str, Any]) -> dict[str, Any]:
         by_own = {each.own: each for each in self.source.fields}
-        by_name = {each.name: each for each in self._target.fields}
+        by_name = {each.name: each for each in self.target.fields}
         found = {}
         for name, value in new.items():
             field = by_own.get(name)
@@ -166,7 +167,7 @@ class Native:
             if field is None or written is None:
                 raise EmitError(
                     f"this call makes the layer with {name}={value!r}; when it was lowered, that"
-                    f" was {self._own[name]!r}, and {self.cls.__name__} cannot change it",
+                    f" was {self.own[name]!r}, and {self.cls.__name__} cannot change it",
                     path=format_path(module.path),
                     fix="Emit the model with native=False.",
                 )
@@ -219,6 +220,24 @@ def construct(row: Row, neutral: Mapping[str, Any]) -> Any:
     for attribute, name in row.set_after.items():
         setattr(made, attribute, neutral[name])
     return made
+
+
+def constructor_of(native: Native, wrap: Callable[[Any], Any]) -> Callable[[nnx.Rngs], Any]:
+    """What makes a layer anew, with the initialisers of the Linen layer.
+
+    Args:
+        native: the layer.
+        wrap: what becomes of an initialiser.
+    """
+    row = native.target
+    options = {**row.write(native.neutral), **row.make}
+    constructor: Any = row.cls.__init__  # type: ignore[misc]
+    known = inspect.signature(constructor).parameters
+    for name, value in native.own.items():
+        if name in native.source.ignored and name.endswith("_init") and name in known:
+            options[name] = wrap(value)
+    takes_rngs = "rngs" in known and "rngs" not in options
+    return lambda rngs: row.cls(**options, **({"rngs": rngs} if takes_rngs else {}))
 
 
 _MOST_SEEN = 64

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import jax
 from flax import linen, nnx
 
 from linsey import _trees, plugins
-from linsey.backends.nnx import module_of
+from linsey.backends import folded
+from linsey.backends.nnx import derive, module_of
 from linsey.frontends import Frontend, Lowered, Request
 from linsey.frontends.nnx.lower import lower_factory
 from linsey.ir import EmitError
 from linsey.program import Program
+
+Derivation = Literal["source", "target"]
 
 
 def lower(
@@ -98,6 +102,7 @@ def to_nnx(
     variables: Any = None,
     method: Any = None,
     native: bool = True,
+    derivation: Derivation = "source",
     **kwargs: Any,
 ) -> Any:
     """Converts a module to an NNX module with its values.
@@ -114,6 +119,9 @@ def to_nnx(
         native: whether Linen's layers become NNX's own: ``model.Dense_0`` is an ``nnx.Linear``.
             They do where that computes the same, bit for bit; `Program.report` tells which. With
             False the code of every layer is hosted.
+        derivation: for Linen, whose rule makes keys of ``rngs``. ``"source"``: Linen's, so that
+            initial values and masks are those of ``init`` and ``apply``. ``"target"``: NNX's, as if
+            its layers had been constructed with these streams.
         kwargs: keyword inputs.
 
     Returns:
@@ -131,7 +139,10 @@ def to_nnx(
         >>> model.kernel.shape, model(x).shape
         ((3, 2), (1, 2))
     """
+    _check_derivation(derivation)
     is_linen = isinstance(source, linen.Module)
+    if is_linen and derivation == "target":
+        return _to_nnx_by_its_keys(source, args, kwargs, rngs, variables, method, native)
     given = _trees.key_dict(rngs) if is_linen and rngs is not None else rngs
     streams = rngs.fork() if is_linen and isinstance(rngs, nnx.Rngs) else rngs
     program = lower(source, *args, rngs=given, variables=variables, method=method, **kwargs)
@@ -141,6 +152,52 @@ def to_nnx(
     if is_linen and hasattr(model, "linsey_streams"):  # the NNX module of a ToLinen has its own
         _give_streams(model, program, streams)
     return model
+
+
+def _to_nnx_by_its_keys(
+    source: linen.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rngs: Any,
+    variables: Any,
+    method: Any,
+    native: bool,
+) -> Any:
+    """`to_nnx` of a Linen module, by NNX's derivation."""
+    is_seed = rngs is None or isinstance(rngs, int)
+    streams = nnx.Rngs(rngs or 0) if is_seed else derive.streams_of(_streams(rngs))
+    keys = {"params": 0, **dict.fromkeys(_trees.key_dict(streams.fork()), 0)}
+    program = lower(
+        source,
+        *args,
+        rngs={name: jax.random.key(seed) for name, seed in keys.items()},
+        variables=variables,
+        method=method,
+        **kwargs,
+    )
+    if program.values is None:
+        assert program.initialize is not None
+        values = derive.initial_values(program.graph, streams, program.initialize)
+        program = replace(program, values=values)
+    model = module_of(program.graph, program.values, native=native)
+    if hasattr(model, "linsey_streams"):
+        if native:
+            derive.give_streams(program.graph, model, streams)
+        _give_streams(model, program, streams)
+    return model
+
+
+def _streams(rngs: Any) -> Any:
+    return rngs if isinstance(rngs, nnx.Rngs) else _trees.key_dict(rngs)
+
+
+def _check_derivation(derivation: str) -> None:
+    if derivation not in ("source", "target"):
+        raise EmitError(
+            f"found {derivation!r}, expected 'source' or 'target'",
+            path="derivation",
+            fix="'source' keeps the numbers of the source; 'target' takes the other API's rule.",
+        )
 
 
 def _give_streams(model: Any, program: Program, rngs: Any) -> None:
@@ -159,7 +216,12 @@ def _give_streams(model: Any, program: Program, rngs: Any) -> None:
 
 
 def to_linen(
-    source: Any, *args: Any, rngs: Any = None, native: bool = True, **kwargs: Any
+    source: Any,
+    *args: Any,
+    rngs: Any = None,
+    native: bool = True,
+    derivation: Derivation = "source",
+    **kwargs: Any,
 ) -> tuple[Any, Any]:
     """Converts a module to a Linen module and its variables.
 
@@ -170,6 +232,9 @@ def to_linen(
         native: whether a layer, or a sequence of layers, becomes Linen's own where that computes
             the same, bit for bit; `Program.report` tells. User code, and all that it calls, is
             hosted.
+        derivation: for a factory of NNX, whose rule makes keys of ``rngs``. ``"source"``: NNX's, so
+            that initial values are those of the constructor. ``"target"``: the constructor gets the
+            keys that Linen's ``make_rng`` gives at the root, as in ``nnx.bridge.ToLinen``.
         kwargs: keyword inputs.
 
     Returns:
@@ -187,6 +252,10 @@ def to_linen(
         >>> module.apply(variables, jax.numpy.ones((1, 3))).shape
         (1, 2)
     """
+    _check_derivation(derivation)
+    if derivation == "target" and _is_factory(source):
+        keys = _trees.key_dict(0 if rngs is None else rngs)
+        rngs = nnx.Rngs(**{name: folded(key, 1) for name, key in keys.items()})
     program = lower(source, *args, rngs=rngs, **kwargs)
     if program.values is None:
         program = program.init(rngs)
