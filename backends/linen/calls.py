@@ -11,6 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen, nnx
 
+MODES = ("deterministic", "use_running_average")
+"""What Linen code may say of a layer when it makes it, or when it calls it."""
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -88,17 +90,23 @@ def with_modes(module: linen.Module, made: Any, kwargs: Mapping[str, Any]) -> Ma
     """
     found = {
         name: getattr(module, name)
-        for name in ("deterministic", "use_running_average")
+        for name in MODES
         if getattr(module, name, None) is not None and _takes(type(made), name)
     }
-    return {**found, **kwargs}
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    for name in found.keys() & given.keys():
+        linen.merge_param(name, found[name], given[name])  # which refuses to be told twice
+    return {**found, **given}
 
 
 def _dropout(
     module: linen.Module, made: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Arguments:
     inputs, *rest = args
-    given = dict(zip(("deterministic", "rng"), rest, strict=False)) | kwargs
+    given = dict(zip(("deterministic", "rng"), rest, strict=False))
+    if given.get("deterministic") is not None and kwargs.get("deterministic") is not None:
+        linen.merge_param("deterministic", given["deterministic"], kwargs["deterministic"])
+    given |= kwargs
     key = given.pop("rng", None)
     return _with_keys(module, made, (inputs,), given, key)
 
@@ -134,6 +142,7 @@ def _with_keys(
     return args, kwargs
 
 
+@functools.lru_cache(maxsize=1 << 10)
 def _takes(cls: type, name: str) -> bool:
     try:
         return name in inspect.signature(cls.__call__).parameters

@@ -85,10 +85,9 @@ class Standin:
         """
         values = [self._value(module, place) for place in self.places]
         made = self._build(values)
-        if self._changes is None:
-            kwargs = with_modes(module, made, kwargs)
-        else:
+        if self._changes is not None:
             vars(made).update(self._changes(module))
+        kwargs = with_modes(module, made, kwargs)
         args, kwargs = adapted(self._op, module, made, args, kwargs, self.prefers_own)
         grown = _size(made)
         output = getattr(made, name)(*args, **kwargs)

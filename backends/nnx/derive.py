@@ -36,7 +36,7 @@ def initial_values(
     natives = list(_natives(graph))
     taken = {slot for native in natives for part in native.parts for slot in part.slots}
     values = initialize({name: rngs[name]() for name in _names(rngs)})
-    found = {}
+    found: dict[str, Any] = {}
     for native in natives:
         first = graph.slots[native.parts[0].slots[0]] if native.parts else None
         stack = () if first is None else first.stack

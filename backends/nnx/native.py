@@ -143,7 +143,7 @@ class Native:
         Raises:
             EmitError: it asks for what the class cannot do.
         """
-        names = [name for name in self.own if name not in self.source.ignored]
+        names = [name for name in self.own if name not in self.source.ignored | _MODES]
         values = [getattr(module, name) for name in names]
         key = tuple(map(id, values))
         if key not in self._seen:
@@ -160,18 +160,21 @@ class Native:
     def _attributes(self, module: Any, new: Mapping[str, Any]) -> dict[str, Any]:
         by_own = {each.own: each for each in self.source.fields}
         by_name = {each.name: each for each in self.target.fields}
-        found = {}
+        found, neutral = {}, dict(self.neutral)
         for name, value in new.items():
             field = by_own.get(name)
             written = None if field is None else by_name.get(field.name)
-            if field is None or written is None:
+            if field is not None:
+                neutral[field.name] = field.read(value)
+            same = self.source.neutral.shapes(neutral) == self.source.neutral.shapes(self.neutral)
+            if field is None or written is None or not same:
                 raise EmitError(
                     f"this call makes the layer with {name}={value!r}; when it was lowered, that"
                     f" was {self.own[name]!r}, and {self.cls.__name__} cannot change it",
                     path=format_path(module.path),
                     fix="Emit the model with native=False.",
                 )
-            found[written.own] = written.write(field.read(value))
+            found[written.own] = written.write(neutral[field.name])
         return found
 
     def fits(self, obj: Any) -> bool:
@@ -240,6 +243,8 @@ def constructor_of(native: Native, wrap: Callable[[Any], Any]) -> Callable[[nnx.
     return lambda rngs: row.cls(**options, **({"rngs": rngs} if takes_rngs else {}))
 
 
+_MODES = frozenset({"deterministic", "use_running_average"})
+"""What an instance is called with: it changes no layer."""
 _MOST_SEEN = 64
 
 

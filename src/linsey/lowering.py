@@ -166,11 +166,11 @@ def _to_nnx_by_its_keys(
     """`to_nnx` of a Linen module, by NNX's derivation."""
     is_seed = rngs is None or isinstance(rngs, int)
     streams = nnx.Rngs(rngs or 0) if is_seed else derive.streams_of(_streams(rngs))
-    keys = {"params": 0, **dict.fromkeys(_trees.key_dict(streams.fork()), 0)}
+    names = {"params", *(name for name, _ in streams.items())} - {"default"}
     program = lower(
         source,
         *args,
-        rngs={name: jax.random.key(seed) for name, seed in keys.items()},
+        rngs={name: jax.random.key(0) for name in sorted(names)},
         variables=variables,
         method=method,
         **kwargs,
