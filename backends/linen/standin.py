@@ -140,9 +140,9 @@ def of_native(native: Native, obj: Any, op: str) -> tuple[Standin, list[nnx.Vari
     """The stand-in of a layer that is as it was emitted, and its Variables."""
     variables = [value_at(obj, part.path) for part in native.parts]
     paths = [part.path for part in native.parts]
-    kinds = [type(variable) for variable in variables]
+    kinds: list[Any] = [type(variable) for variable in variables]
     if op == "batch_norm":
-        kinds = list(map(_private.differentiable, kinds))
+        kinds = [_private.differentiable(kind) for kind in kinds]
 
     def build(values: list[Any]) -> Any:
         made = {
