@@ -9,7 +9,7 @@ SOURCES := ir frontends backends runtime src
 # In build/, which also holds the links of the editable install: who removes it gets a new install.
 INSTALLED := build/.installed
 
-.PHONY: demo test lint bench fuzz clean FORCE
+.PHONY: demo test lint bench fuzz layers clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -30,6 +30,10 @@ bench: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/support/fuzzing.py
+
+# The page about layers, from the tables of which layer is which.
+layers: $(INSTALLED)
+	$(BIN)/python -m linsey._layers.page docs/layers.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -20,7 +20,7 @@ from flax import config
 from flax.core import scope
 from flax.core.scope import LazyRng
 from flax.linen import module as linen_module
-from flax.nnx import graphlib, pytreelib
+from flax.nnx import Variable, graphlib, pytreelib
 from flax.nnx.bridge import ToLinen
 from jax import extend
 from jax.interpreters.partial_eval import DynamicJaxprTracer
@@ -43,6 +43,16 @@ def to_linen_call() -> Any:
 def store_variables(wrapper: ToLinen, module: Any) -> None:
     """Stores an NNX module's state in the scope of its ToLinen, as flax itself does."""
     wrapper._update_variables(module)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def differentiable(kind: type[Variable[Any]]) -> type[Variable[Any]]:
+    """The class of Variables through whose new values gradients flow.
+
+    ``nnx.BatchNorm`` asks its Variables whether they can be updated, which these always can, and
+    stops the gradient of new statistics if so. Linen's lets it through.
+    """
+    return type(kind.__name__, (kind,), {"_can_update": False})
 
 
 @functools.lru_cache

@@ -82,3 +82,34 @@ def test_a_layer_in_user_code(case: LinenCase) -> None:
 
     model = nnx.merge(*program.emit("nnx"))
     assert_same(jitted(model), jax.jit(apply)(variables)[0])
+
+
+class Normalised(nn.Module):
+    """A normalisation that is trained."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.BatchNorm(use_running_average=False)(nn.Dense(4)(x))
+
+
+def test_gradients_flow_through_new_running_statistics() -> None:
+    """As in Linen; ``nnx.BatchNorm`` by itself stops them."""
+    module, x = Normalised(), jax.random.normal(jax.random.key(0), (8, 3))
+    variables = module.init(jax.random.key(0), x)
+
+    def of_source(params: Any) -> Any:
+        _, updates = module.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+        stats = updates["batch_stats"]["BatchNorm_0"]
+        return (stats["mean"] ** 2).sum() + stats["var"].sum()
+
+    def of_model(model: Any) -> Any:
+        model(x)
+        norm = model.BatchNorm_0
+        assert type(norm) is nnx.BatchNorm
+        assert type(norm.mean) is nnx.BatchStat
+        return (norm.mean[...] ** 2).sum() + norm.var[...].sum()
+
+    expected = jax.grad(of_source)(variables["params"])
+    found = nnx.grad(of_model)(linsey.to_nnx(module, x, variables=variables))
+    assert_same(found["Dense_0"]["kernel"][...], expected["Dense_0"]["kernel"])
+    assert expected["Dense_0"]["kernel"].any()

@@ -9,6 +9,7 @@ import pytest
 from compare import assert_same
 from flax import nnx
 from zoo_models import ZOO, ZooModel
+from zoo_runs import LINEN, keys, linen_run
 
 import linsey
 from linsey.ir import Ref, encode
@@ -17,10 +18,6 @@ if importlib.util.find_spec("transformers") is None:
     pytest.skip("the extra `zoo` is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.zoo
-
-
-def keys(names: tuple[str, ...], seed: int) -> dict[str, Any]:
-    return {name: jax.random.key(seed + number) for number, name in enumerate(names)}
 
 
 def saved_and_loaded(program: linsey.Program, path: Path) -> linsey.Program:
@@ -36,41 +33,17 @@ def saved_and_loaded(program: linsey.Program, path: Path) -> linsey.Program:
     return loaded
 
 
-@pytest.mark.parametrize("entry", [z for z in ZOO if z.api == "linen"], ids=lambda z: z.name)
+@pytest.mark.parametrize("entry", LINEN, ids=lambda z: z.name)
 def test_linen_model(entry: ZooModel, tmp_path: Path) -> None:
-    module = entry.build()
-    args, kwargs = entry.inputs()
-    init_keys = keys(entry.init_rngs, 0)
-    call_keys = keys(entry.call_rngs, 7) or None
-    mutable = list(entry.mutable) or False
-
-    def init(init_keys: Any) -> Any:
-        return module.init(init_keys, *args, method=entry.method, **kwargs, **entry.static)
-
-    def apply(variables: Any, args: Any, kwargs: Any) -> Any:
-        made = module.apply(
-            variables,
-            *args,
-            rngs=call_keys,
-            mutable=mutable,
-            method=entry.method,
-            **kwargs,
-            **entry.static,
-        )
-        return made if mutable else (made, {})
-
-    program = linsey.lower(
-        module, *args, rngs=init_keys, method=entry.method, **kwargs, **entry.static
-    )
-    exe = program.compile(entry.method, mutable=mutable)
-    variables, values = jax.jit(init)(init_keys), exe.init(init_keys)
-    program = linsey.Program(graph=program.graph, values=values)
+    run = linen_run(entry.name)
+    module, program, variables = run.module, run.program, run.variables
+    exe = program.compile(entry.method, mutable=run.mutable)
     emitted, emitted_variables = program.emit("linen")
     assert emitted == module
     assert_same(emitted_variables, variables)
 
-    expected, updates = jax.jit(apply)(variables, args, kwargs)
-    found, after = exe(values, *args, rngs=call_keys, **kwargs, **entry.static)
+    expected, updates = jax.jit(run.apply)(variables, run.args, run.kwargs)
+    found, after = exe(program.values, *run.args, rngs=run.rngs, **run.kwargs, **entry.static)
     assert_same(found, expected)
     _, state = linsey.Program(graph=program.graph, values=after).emit("linen")
     for name in set(state) & set(updates):
@@ -80,20 +53,10 @@ def test_linen_model(entry: ZooModel, tmp_path: Path) -> None:
     again, again_variables = loaded.emit("linen")
     assert encode(again) == encode(module)
     assert_same(again_variables, variables)
-    exe = loaded.compile(entry.method, mutable=mutable)
-    found, after_loaded = exe(loaded.values, *args, rngs=call_keys, **kwargs, **entry.static)
+    exe = loaded.compile(entry.method, mutable=run.mutable)
+    found, after_loaded = exe(loaded.values, *run.args, rngs=run.rngs, **run.kwargs, **entry.static)
     assert_same(found, expected)
     assert_same(list(after_loaded.arrays), list(after.arrays))
-
-    graphdef, state = program.emit("nnx")
-
-    @jax.jit
-    def as_nnx(state: Any, args: Any, kwargs: Any) -> Any:
-        model = nnx.merge(graphdef, state)
-        call = model if entry.method is None else getattr(model, entry.method)
-        return call(*args, rngs=call_keys, mutable=mutable, **kwargs, **entry.static)
-
-    assert_same(as_nnx(state, args, kwargs), expected)
 
 
 @pytest.mark.parametrize("entry", [z for z in ZOO if z.api == "nnx"], ids=lambda z: z.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -180,6 +181,12 @@ def _plain_promotion(neutral: Mapping[str, Any]) -> None:
         raise RefusedError("it casts its inputs before it takes statistics, Linen's casts after")
 
 
+_NORM_LIMITS = (
+    "it normalises over several feature axes",
+    "it has no variables, and no call was observed that tells its number of features",
+)
+
+
 def _norm_row(op: str, cls: type, *more: Field, names: tuple[str, ...] = (), **options: Any) -> Row:
     """A normalisation: all of Linen's have these fields."""
     return Row(
@@ -195,7 +202,7 @@ def _norm_row(op: str, cls: type, *more: Field, names: tuple[str, ...] = (), **o
         ignored=frozenset({"scale_init", "bias_init"}),
         check=_plain_promotion,
         implied=frozenset({"promote_dtype"}),
-        **{"infer": _norm, **options},
+        **{"infer": _norm, "limits": _NORM_LIMITS, **options},
     )
 
 
@@ -265,6 +272,7 @@ def _attention_row(cls: type) -> Row:
             },
         },
         infer=_attention,
+        limits=("keys and values have another number of features",),
         implied=frozenset({"cache_shape", "ln_promote_dtype"}),
         check=_plain_head_norms,
     )
@@ -302,6 +310,7 @@ ROWS: tuple[Row, ...] = (
         ignored=_INITS,
         slots=_WEIGHTS,
         infer=_dense_general,
+        limits=("`batch_dims` are not the leading axes in order",),
     ),
     Row(
         op="einsum",
@@ -388,6 +397,7 @@ ROWS: tuple[Row, ...] = (
         names=("reduction_axes",),
         slots=_SCALE_BIAS,
         infer=_group_norm,
+        limits=("`reduction_axes` is given: NNX's repeats another axis then", *_NORM_LIMITS),
     ),
     _norm_row(
         "instance_norm", linen.InstanceNorm, *_BIAS, names=("feature_axes",), slots=_SCALE_BIAS
@@ -447,3 +457,17 @@ ROWS: tuple[Row, ...] = (
         reason="its layers are attributes of their own: they are what come out native",
     ),
 )
+
+_FP8 = "an operation in eight bits, for a field of a layer, which is hosted then"
+NO_LAYERS: Mapping[str, str] = MappingProxyType(
+    {
+        "Module": "the base class",
+        "RNNCellBase": "the base class of cells",
+        "Fp8DotGeneral": _FP8,
+        "Fp8DotGeneralOp": _FP8,
+        "Fp8DirectDotGeneralOp": _FP8,
+        "NANOOFp8DotGeneralOp": _FP8,
+        "Fp8Einsum": _FP8,
+    }
+)
+"""The other public modules, and what they are."""

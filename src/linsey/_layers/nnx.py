@@ -13,7 +13,16 @@ from jax import lax
 
 from linsey._layers.functions import keep_dtypes
 from linsey._layers.linen import tupled
-from linsey._layers.table import Field, Place, RefusedError, Row, Shapes, fields, params
+from linsey._layers.table import (
+    Field,
+    Place,
+    RefusedError,
+    Row,
+    Shapes,
+    class_of,
+    fields,
+    params,
+)
 from linsey.ir.ops import Shape
 
 Found = Mapping[str, Any]
@@ -216,6 +225,7 @@ ROWS: tuple[Row, ...] = (
         ignored=frozenset({"feature_axis"}),
         slots=_SCALE_BIAS,
         infer=_num_features,
+        limits=("it has neither a scale nor a bias",),
     ),
     _norm_row(
         "instance_norm", nnx.InstanceNorm, "use_bias", tuples=("feature_axes",), slots=_SCALE_BIAS
@@ -309,9 +319,20 @@ ROWS: tuple[Row, ...] = (
     Row(op="sequential", cls=nnx.Sequential),
     Row(op="lora", cls=nnx.LoRA, reason="flax.linen has no such layer"),
     Row(op="lora_linear", cls=nnx.LoRALinear, reason="flax.linen has no such layer"),
-    *(
-        (Row(op="rope", cls=nnx.RoPE, reason="flax.linen has no such layer"),)
-        if hasattr(nnx, "RoPE")  # from flax 0.12.12 on
-        else ()
+    Row(
+        op="rope",
+        cls=class_of(nnx, "RoPE"),
+        reason="flax.linen has no such layer",
+        since="0.12.12",
     ),
 )
+
+NO_LAYERS: Mapping[str, str] = MappingProxyType(
+    {
+        "Module": "the base class",
+        "RNNCellBase": "the base class of cells",
+        "List": "a container",
+        "Dict": "a container",
+    }
+)
+"""The other public modules, and what they are."""

@@ -19,6 +19,11 @@ def same(value: Any) -> Any:
     return value
 
 
+def class_of(module: Any, name: str) -> type:
+    """A class of flax, or an empty one of that name where the installed flax has none."""
+    return getattr(module, name, None) or type(name, (), {})
+
+
 Shapes = Mapping[str, Shape]
 """Shapes of variables by neutral name, without stacked axes."""
 
@@ -82,6 +87,10 @@ class Row:
     """The methods that compute the same in every dialect that has a row."""
     reason: str = ""
     """Why no layer of another dialect computes the same; empty: one does."""
+    limits: tuple[str, ...] = ()
+    """In words, when else a layer of this class is hosted: what `infer` and `check` refuse."""
+    since: str = ""
+    """The flax that first has the class; empty: all that linsey works with."""
 
     @property
     def neutral(self) -> Op:
