@@ -143,7 +143,7 @@ def _with_keys(
 
 
 @functools.lru_cache(maxsize=1 << 10)
-def _takes(cls: type, name: str) -> bool:
+def _takes(cls: Any, name: str) -> bool:
     try:
         return name in inspect.signature(cls.__call__).parameters
     except (TypeError, ValueError, AttributeError):

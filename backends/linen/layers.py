@@ -61,7 +61,11 @@ class NNXDropout(linen.Dropout):
 
 
 class NNXBatchNorm(linen.BatchNorm):
-    """A batch normalisation whose calls may say otherwise than its construction, as in NNX."""
+    """A batch normalisation by NNX's rules.
+
+    Its calls may say otherwise than its construction, and no gradient goes through the statistics
+    that it stores.
+    """
 
     at_construction: bool | None = None
     """What NNX calls ``use_running_average``."""
@@ -70,7 +74,12 @@ class NNXBatchNorm(linen.BatchNorm):
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
         """Normalises an array of shape ``[batch..., features]``."""
         chosen = self.at_construction if use_running_average is None else use_running_average
-        return super().__call__(x, chosen, mask=mask)
+        y = super().__call__(x, chosen, mask=mask)
+        if not chosen and not self.is_initializing():
+            for name in ("mean", "var"):
+                stored: Any = self.get_variable("batch_stats", name)
+                self.put_variable("batch_stats", name, jax.lax.stop_gradient(stored))
+        return y
 
 
 class NNXEinsum(linen.Einsum):

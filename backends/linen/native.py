@@ -118,7 +118,7 @@ _MODES: Mapping[str, tuple[str, type[linen.Module]]] = {
 def _with_mode(row: Row, options: dict[str, Any], has_stream: bool) -> linen.Module:
     """A layer; where NNX says at construction how it is called, calls may still say otherwise."""
     name, cls = _MODES.get(row.op, ("", row.cls))
-    if not has_stream and options.get(name) is None:
+    if not has_stream and options.get(name) is None and cls is not NNXBatchNorm:
         return row.cls(**options)  # type: ignore[no-any-return]
     more = {"has_stream": has_stream} if cls is NNXDropout else {}
     return cls(**options | {name: None, "at_construction": options[name]} | more)
