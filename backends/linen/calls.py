@@ -142,12 +142,15 @@ def _with_keys(
     return args, kwargs
 
 
-@functools.lru_cache(maxsize=1 << 10)
-def _takes(cls: Any, name: str) -> bool:
+def _takes_now(cls: Any, name: str) -> bool:
     try:
         return name in inspect.signature(cls.__call__).parameters
     except (TypeError, ValueError, AttributeError):
         return False
+
+
+_takes: Callable[[Any, str], bool] = functools.lru_cache(maxsize=1 << 10)(_takes_now)
+"""Whether the call of a class takes an argument of a name."""
 
 
 def _norm(

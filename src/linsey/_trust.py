@@ -16,7 +16,8 @@ MODULES = (
     *("flax.training.train_state", "flax.typing"),
     *("jax.image", "jax.lax", "jax.nn", "jax.numpy", "jax.random", "jax.scipy", "jax.sharding"),
     *(f"jax._src.{name}" for name in _JAX),
-    *("linsey._boxes", "linsey._collections", "linsey._meshes", "linsey.backends"),
+    *("linsey._boxes", "linsey._collections", "linsey._layers.functions", "linsey._meshes"),
+    "linsey.backends",
     *("linsey.bridge", "linsey.ir.objects", "ml_dtypes", "optax"),
 )
 """The modules that every loaded program may name, with those below them. They compute and no more:

@@ -444,17 +444,17 @@ ROWS: tuple[Row, ...] = (
     Row(
         op="rnn",
         cls=linen.RNN,
-        reason="Linen's scan lifts variables and streams; its cell is what comes out native",
+        reason="the two APIs make the first carry by other rules; its cell is what comes out native",
     ),
     Row(
         op="bidirectional",
         cls=linen.Bidirectional,
-        reason="it calls its RNNs by Linen's rules; their cells are what come out native",
+        reason="its RNNs make their first carries by Linen's rule; their cells come out native",
     ),
     Row(
         op="sequential",
         cls=linen.Sequential,
-        reason="its layers are attributes of their own: they are what come out native",
+        reason="NNX passes keyword arguments to all layers, Linen to the first; these come out native",
     ),
 )
 
