@@ -444,7 +444,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         op="rnn",
         cls=linen.RNN,
-        reason="the two APIs make the first carry by other rules; its cell is what comes out native",
+        reason="the two APIs make the first carry by other rules; its cell comes out native",
     ),
     Row(
         op="bidirectional",
@@ -454,7 +454,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         op="sequential",
         cls=linen.Sequential,
-        reason="NNX passes keyword arguments to all layers, Linen to the first; these come out native",
+        reason="NNX hands keyword arguments to all layers, Linen to the first; they come out native",
     ),
 )
 
