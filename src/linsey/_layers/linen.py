@@ -454,7 +454,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         op="sequential",
         cls=linen.Sequential,
-        reason="NNX hands keyword arguments to all layers, Linen to the first; they come out native",
+        reason="it hands keyword arguments on by another rule; its layers come out native",
     ),
 )
 
