@@ -20,7 +20,7 @@ from flax import config
 from flax.core import scope
 from flax.core.scope import LazyRng
 from flax.linen import module as linen_module
-from flax.nnx import graphlib, pytreelib
+from flax.nnx import Variable, graphlib, pytreelib
 from flax.nnx.bridge import ToLinen
 from jax import extend
 from jax.interpreters.partial_eval import DynamicJaxprTracer
@@ -33,6 +33,22 @@ PytreeState = pytreelib.PytreeState
 get_node_impl_for_type = graphlib.get_node_impl_for_type
 get_node_impl = graphlib.get_node_impl
 GraphNodeImpl = graphlib.GraphNodeImpl
+
+
+@functools.cache
+def written_as_linen(kind: type[Variable[Any]]) -> type[Variable[Any]]:
+    """A type of Variables that take what is written to them as it is, as Linen's scopes do.
+
+    NNX casts it to the dtype that was there, and its BatchNorm stops gradients through statistics
+    that it could write in place, which it asks ``_can_update`` for.
+    """
+
+    def set_value(self: Variable[Any], value: Any, *, index: Any = ...) -> None:
+        assert index is ...
+        object.__setattr__(self, "_raw_value", value)
+
+    body = {"__slots__": (), "_can_update": property(lambda _: False), "set_value": set_value}
+    return type(kind.__name__, (kind,), body)
 
 
 def to_linen_call() -> Any:

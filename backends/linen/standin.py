@@ -12,6 +12,7 @@ from flax.core import meta
 
 from linsey._collections import collection_of
 from linsey._places import stored_path
+from linsey.backends import _private
 from linsey.backends.linen._nested import MISSING, merged, value_in, with_value
 from linsey.backends.linen.calls import adapted, with_modes
 from linsey.backends.linen.lifts import Lifts
@@ -139,11 +140,17 @@ def of_native(native: Native, obj: Any, op: str) -> tuple[Standin, list[nnx.Vari
     """The stand-in of a layer that is as it was emitted, and its Variables."""
     variables = [value_at(obj, part.path) for part in native.parts]
     paths = [part.path for part in native.parts]
+    kinds = [
+        type(variable)
+        if native.collection(part) == "params"
+        else _private.written_as_linen(type(variable))
+        for part, variable in zip(native.parts, variables, strict=True)
+    ]
 
     def build(values: list[Any]) -> Any:
         made = {
-            path: type(variable).from_metadata(value, variable.get_metadata())
-            for path, variable, value in zip(paths, variables, values, strict=True)
+            path: kind.from_metadata(value, variable.get_metadata())
+            for path, kind, variable, value in zip(paths, kinds, variables, values, strict=True)
         }
         return with_variables(obj, made)
 
