@@ -22,7 +22,8 @@ from jax import lax
 from linsey._layers import rows
 
 IS_FULL = os.environ.get("LINSEY_GRID") == "full"
-"""Whether every point is run with all its checks; otherwise most of them are only traced."""
+"""Whether there are all points, and their numbers are compared; otherwise there are some, most of
+whose operations are only counted."""
 
 ROWS = {row.cls: row for row in rows("linen").values() if not row.reason}
 """The layers of the grid."""
@@ -144,7 +145,6 @@ _NORM = {
     **_HALVES,
     **_MASKED,
     "@shape": ((2, 1), (3, 2, 4)),
-    "axis_index_groups": (((0,),), Along(((0,),), {"axis_name": "i"})),
 }
 _DOT_PARTS = {"qkv_dot_general": (doubled_dot,), "out_dot_general": (doubled_dot,)}
 _DROPS = {"dropout_rate": 0.5, "deterministic": False}
@@ -196,6 +196,9 @@ _CROSS = {**_ATTENTION, "@inputs": ("k", "kv", "inputs_kv", "other width")}
 _CELL: dict[str, tuple[Any, ...]] = {
     **_HALVES,
     "features": (1, 4),
+    "param_dtype": tuple(
+        Along(dtype, {"recurrent_kernel_init": _normal}) for dtype in (jnp.bfloat16, jnp.float16)
+    ),
     "@shape": ((4,), (2, 3, 4)),
 }
 _OWN: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -208,7 +211,7 @@ _OWN: dict[str, dict[str, tuple[Any, ...]]] = {
             (0,),
             Along((0, 1), {"features": (2, 3)}),
             Along((0,), {"axis": (2, 1), "features": (2, 3), "use_bias": False}),
-            (1,),
+            Along((1, 0), {"features": (2, 3)}),
         ),
     },
     "einsum": {
@@ -239,10 +242,13 @@ _OWN: dict[str, dict[str, tuple[Any, ...]]] = {
             Along("CAUSAL", {"kernel_size": (3,), "@shape": (2, 5, 2)}),
             Along("CIRCULAR", {"strides": (2, 1), "kernel_dilation": 2}),
         ),
-        "input_dilation": (2, (1, 2), None),
+        "input_dilation": (
+            *(Along(value, {"padding": ((1, 1), (2, 0))}) for value in (2, (1, 2))),
+            None,
+        ),
         "kernel_dilation": (2, (2, 1), None),
         "feature_group_count": (2, Along(2, {"use_bias": False, "strides": 2})),
-        "mask": (np.ones((2, 3, 2, 4), np.float32) * (np.arange(4) % 2).astype(np.float32),),
+        "mask": (np.ones((3, 2, 2, 4), np.float32) * (np.arange(4) % 2).astype(np.float32),),
         "conv_general_dilated": (negated_conv,),
         "conv_general_dilated_cls": (negated_conv_class,),
         "@shape": ((5, 4, 2), (2, 1, 5, 4, 2)),
@@ -257,7 +263,7 @@ _OWN: dict[str, dict[str, tuple[Any, ...]]] = {
             Along("CIRCULAR", {"strides": (2, 1)}),
         ),
         "kernel_dilation": ((2, 1), (1, 2)),
-        "mask": (np.ones((2, 3, 2, 4), np.float32) * (np.arange(4) % 2).astype(np.float32),),
+        "mask": (np.ones((3, 2, 2, 4), np.float32) * (np.arange(4) % 2).astype(np.float32),),
         "transpose_kernel": (True, Along(True, {"strides": (2, 1)})),
         "preferred_element_type": (jnp.float32, Along(jnp.float32, {"dtype": jnp.bfloat16})),
         "@shape": ((5, 4, 2), (2, 1, 5, 4, 2)),
@@ -275,7 +281,7 @@ _OWN: dict[str, dict[str, tuple[Any, ...]]] = {
             *(Along(value, {"@call": {"use_running_average": None}}) for value in (True, False)),
             Along(False, {"@call": {"mask": True}, "axis_name": "i"}),
         ),
-        "axis": (1, (-1,), 0, (1, 2)),
+        "axis": (1, (-1,), 0, Along((1, 2), {"@shape": (3, 2, 4)})),
         "axis_name": (
             "i",
             Along("i", {"use_fast_variance": False}),
@@ -313,11 +319,10 @@ _OWN: dict[str, dict[str, tuple[Any, ...]]] = {
         "@shape": ((2, 1), (2, 3, 2, 4)),
     },
     "dropout": {
-        **_HALVES,
+        "@input": (jnp.bfloat16, jnp.float16),
         "rate": (
             *(0.0, 1.0, 0.1),
             Along(1.0, {"deterministic": True, "@call": {}}),
-            Along(0.0, {"@call": {}}),
         ),
         "broadcast_dims": ((0,), (0, -1), (1,)),
         "deterministic": (
@@ -329,9 +334,9 @@ _OWN: dict[str, dict[str, tuple[Any, ...]]] = {
         "@call": (
             {"deterministic": True},
             {"deterministic": False, "rng": True},
-            {"deterministic": np.False_},
+            {"positional": (False,)},
+            {"positional": (True,)},
         ),
-        "@positional": (True,),
         "@shape": ((4,), (2, 3, 2)),
     },
     "prelu": {
@@ -401,9 +406,7 @@ class Point:
     @property
     def fields(self) -> dict[str, Any]:
         """What its constructor takes."""
-        return {
-            name: value for name, value in self.settings.items() if not name.startswith("@")
-        }
+        return {name: value for name, value in self.settings.items() if not name.startswith("@")}
 
     @property
     def seed(self) -> int:
@@ -416,11 +419,17 @@ def base(cls: type[nn.Module]) -> dict[str, Any]:
     return {"@call": {}, "@input": jnp.float32, **_BASE[ROWS[cls].op]}
 
 
-def points(cls: type[nn.Module]) -> list[Point]:
-    """The default of a layer, and one value of one field at a time."""
+def points(cls: type[nn.Module], *, is_full: bool) -> list[Point]:
+    """The default of a layer, and one value of one field at a time.
+
+    Args:
+        cls: the layer.
+        is_full: whether each value is taken, or the first of each field.
+    """
     found = [Point(cls=cls, settings=base(cls), label="default")]
     for name, values in values_of(cls).items():
-        found += [_point(cls, {name: value}) for value in values]
+        chosen = values if is_full else values[:1]
+        found += [_point(cls, {name: value}) for value in chosen]
     return found
 
 
@@ -432,7 +441,9 @@ def draw(cls: type[nn.Module], seed: int) -> Point:
         names = rng.sample(sorted(table), min(len(table), rng.randint(2, 5)))
         point = _point(cls, {name: rng.choice(table[name]) for name in names})
         try:
-            call_of(point, is_scanned=True)
+            call = call_of(point, is_scanned=True)
+            apply = functools.partial(call.module.apply, rngs=call.keys, mutable=call.mutable)
+            jax.eval_shape(functools.partial(apply, **call.kwargs), call.variables, *call.args)
         except Exception:  # Linen has an error of its own for each
             continue
         return point
@@ -542,12 +553,13 @@ class Both(Plain):
 
 def use(layer: nn.Module, args: Any, kwargs: Any) -> Any:
     """What user code does with a layer: it calls it, and other methods that the class has."""
+    kwargs = dict(kwargs)
     if isinstance(layer, nn.RNNCellBase):
         (inputs,) = args
         carry = layer.initialize_carry(jax.random.key(3), inputs.shape)
         carry, first = layer(carry, inputs, **kwargs)
         return layer(carry, inputs, **kwargs), first
-    out = layer(*args, **kwargs)
+    out = layer(*args, *kwargs.pop("positional", ()), **kwargs)
     return (out, layer.attend(out)) if isinstance(layer, nn.Embed) else out
 
 
@@ -579,30 +591,21 @@ def call_of(point: Point, *, is_scanned: bool) -> Call:
         args = tuple(args)
     if named is not None:
         args = tuple(np.stack([each, each[::-1]]) for each in args)
+    if point.seed % 4 or settings["@input"] != jnp.float32:
+        args = tuple(map(jnp.asarray, args))
     init = args
     if settings.get("decode"):
         args = tuple(each[..., :1, :] for each in args)
         if isinstance(kwargs.get("mask"), np.ndarray):
             kwargs["mask"] = kwargs["mask"][..., :1, :]
-    if settings.get("@positional"):
-        args, init = (*args, kwargs["deterministic"]), (*init, kwargs.pop("deterministic"))
     make = functools.partial(point.cls, **point.fields)
     init_keys = {name: make_key(place) for place, name in enumerate(("params", "dropout", "noise"))}
     keys = {"dropout": make_key(11), "noise": make_key(12)}
 
-    def shapes_of(module: nn.Module) -> Any:
-        shapes = jax.eval_shape(functools.partial(module.init, **kwargs), init_keys, *init)
-        apply = functools.partial(module.apply, rngs=keys, mutable=["batch_stats", "cache"])
-        jax.eval_shape(functools.partial(apply, **kwargs), shapes, *args)
-        return shapes
-
     module: nn.Module = Plain(make, named)
-    shapes = shapes_of(module)
     if is_scanned:
-        ranks = [leaf.ndim for leaf in jax.tree.leaves(shapes.get("params", {}))]
-        axis = point.seed // 2 % 2 if min(ranks, default=0) else 0
-        module = Both(make, named, axis)
-        shapes = shapes_of(module)
+        module = Both(make, named, 0 if point.cls is nn.PReLU else point.seed // 2 % 2)
+    shapes = jax.eval_shape(functools.partial(module.init, **kwargs), init_keys, *init)
     return Call(
         module=module,
         variables=_filled(shapes, rng),
