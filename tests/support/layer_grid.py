@@ -608,7 +608,7 @@ def call_of(point: Point, *, is_scanned: bool) -> Call:
     shapes = jax.eval_shape(functools.partial(module.init, **kwargs), init_keys, *init)
     return Call(
         module=module,
-        variables=_filled(shapes, rng),
+        variables=filled(shapes, rng),
         args=args,
         kwargs=kwargs,
         init=init,
@@ -647,7 +647,9 @@ def _mask(point: Point, args: Any, rng: np.random.Generator) -> Any:
     return mask | (np.arange(mask.shape[0]) == 0).reshape(-1, *[1] * (mask.ndim - 1))
 
 
-def _filled(shapes: Any, rng: np.random.Generator) -> Any:
+def filled(shapes: Any, rng: np.random.Generator) -> Any:
+    """Random variables of these shapes; variances are positive."""
+
     def fill(path: Any, leaf: Any) -> Any:
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             return jnp.ones(leaf.shape, leaf.dtype)
@@ -666,15 +668,19 @@ _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"
 
 
 def operations(jaxpr: Any) -> dict[str, int]:
-    """How many operations of each primitive a jaxpr has, in those that it calls too.
+    """How many operations of each kind a jaxpr has, in those that it calls too.
 
-    Those that only write a shape anew are left out, and so are calls by themselves.
+    The kind is the primitive, the dtypes that it gives, and its precision. Those that only write a
+    shape anew, or that stand for what they are given, are left out, and so are calls by themselves.
     """
     found: dict[str, int] = {}
     for equation in _equations(jaxpr):
         name = equation.primitive.name
         if name not in RELABELS and name not in _CALLS:
-            found[name] = found.get(name, 0) + 1
+            dtypes = [getattr(each.aval, "dtype", None) for each in equation.outvars]
+            precision = equation.params.get("precision")
+            kind = f"{name} {[*map(str, dtypes)]} {precision or ''}"
+            found[kind] = found.get(kind, 0) + 1
     return found
 
 
