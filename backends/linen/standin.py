@@ -18,7 +18,7 @@ from linsey.backends.linen.calls import adapted, with_modes
 from linsey.backends.linen.lifts import Lifts
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state
-from linsey.backends.nnx.native import Native, with_variables
+from linsey.backends.nnx.native import Changes, Native, with_variables
 from linsey.backends.nnx.objects import rebuild, value_at
 from linsey.ir import EmitError, Path, format_path
 
@@ -56,7 +56,7 @@ class Standin:
         build: Callable[[list[Any]], Any],
         read: Callable[[Any], Sequence[Any]],
         op: str,
-        changes: Callable[[linen.Module], Mapping[str, Any]] | None = None,
+        changes: Callable[[linen.Module], Changes] | None = None,
         boxes: Sequence[int | None] = (),
     ) -> None:
         self._changes = changes
@@ -87,7 +87,8 @@ class Standin:
         if self._changes is None:
             kwargs = with_modes(module, made, kwargs)
         else:
-            vars(made).update(self._changes(module))
+            for path, value in self._changes(module):
+                vars(value_at(made, path[:-1]))[str(path[-1])] = value
         args, kwargs = adapted(self._op, module, made, args, kwargs)
         grown = _size(made)
         output = getattr(made, name)(*args, **kwargs)
