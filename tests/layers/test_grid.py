@@ -11,6 +11,7 @@ from layer_checks import (
     lowered,
 )
 from layer_grid import (
+    ALIASES,
     IS_FULL,
     ROWS,
     Point,
@@ -22,7 +23,6 @@ from layer_grid import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
 
-ALIASES = (nn.MultiHeadAttention, nn.SelfAttention)
 POINTS = [point for cls in ROWS for point in points(cls, is_full=IS_FULL)]
 
 

@@ -10,10 +10,12 @@ import pytest
 from compare import assert_same
 from flax import linen as nn
 from flax import nnx
-from layer_checks import check_eager, check_jitted, lowered, values_in
-from layer_grid import ROWS, Call, Plain, call_of, points
+from flax.errors import FlaxError
+from layer_checks import assert_operations, check_eager, check_jitted, lowered, values_in
+from layer_grid import ALIASES, IS_FULL, ROWS, Call, Plain, Point, call_of, operations, points, use
 
 import linsey
+from linsey.ir import EmitError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:DeprecationWarning")
 
@@ -194,3 +196,73 @@ def test_mixed_precision_is_exact_or_hosted() -> None:
     assert "dot_general_cls" in became["Dense_2",][1]
     check_eager(call, program)
     check_jitted(call, program)
+
+
+class Either(nn.Module):
+    """Makes its layer in one of two ways."""
+
+    first: Any
+    second: Any
+
+    @nn.compact
+    def __call__(self, *args: Any, is_second: bool = False, **kwargs: Any) -> Any:
+        make = self.second if is_second else self.first
+        return use(make(name="layer"), args, kwargs)
+
+
+def other_points(cls: type[nn.Module]) -> list[Point]:
+    """The points that are called as the default is."""
+    base, *rest = points(cls, is_full=IS_FULL)
+    names = ("@shape", "@call", "@input")
+    return [
+        point
+        for point in rest
+        if all(point.settings[name] == base.settings[name] for name in names)
+        and "axis_name" not in point.fields
+        and (IS_FULL or point.label.startswith(("precision", "use_bias", "num_groups")))
+    ]
+
+
+CALLED_OTHERWISE = [
+    (cls, point) for cls in ROWS if cls not in ALIASES for point in other_points(cls)
+]
+
+
+@pytest.mark.parametrize(
+    ("cls", "point"), CALLED_OTHERWISE, ids=[f"{c.__name__}-{p.label}" for c, p in CALLED_OTHERWISE]
+)
+def test_a_layer_that_is_made_otherwise_later(cls: type[nn.Module], point: Point) -> None:
+    base = points(cls, is_full=False)[0]
+    call = call_of(base, is_scanned=False)
+    module = Either(*(functools.partial(cls, **each.fields) for each in (base, point)))
+    variables = {
+        kind: {"layer": tree[f"{cls.__name__}_0"]} for kind, tree in call.variables.items()
+    }
+    program = linsey.lower(
+        module, *call.init, rngs=call.init_keys, variables=variables, **call.kwargs
+    )
+    assert program.report().rows[1].became == "native"
+    graphdef, state = program.emit("nnx")
+    kwargs = {**call.kwargs, "is_second": True}
+
+    def linen(variables: Any, args: Any) -> Any:
+        return module.apply(variables, *args, rngs=call.keys, mutable=call.mutable, **kwargs)
+
+    def own(state: Any, args: Any) -> Any:
+        model = nnx.merge(graphdef, state)
+        return model(*args, rngs=call.keys, **kwargs), nnx.state(model)
+
+    try:
+        expected = operations(jax.make_jaxpr(linen)(variables, call.args))
+    except Exception:  # it asks for other variables
+        with pytest.raises((EmitError, FlaxError, ValueError, TypeError)):
+            jax.make_jaxpr(own)(state, call.args)
+        return
+    try:
+        found = operations(jax.make_jaxpr(own)(state, call.args))
+    except EmitError as error:
+        refused = str(error)
+    else:
+        refused = ""
+        assert_operations(found, expected, is_joined=cls is nn.OptimizedLSTMCell)
+    assert not refused or "with other fields than when it was lowered" in refused

@@ -1,5 +1,6 @@
 """What is compared between a Linen module and the NNX module that linsey makes of it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def check_emitted(call: Call, program: linsey.Program) -> None:
 def check_operations(call: Call, program: linsey.Program, *, is_joined: bool) -> None:
     """The model computes by the very operations of the Linen module.
 
-    With ``is_joined`` it may do with fewer of those that join and split kernels.
+    See `assert_operations`.
     """
     graphdef, state = program.emit("nnx")
 
@@ -53,11 +54,26 @@ def check_operations(call: Call, program: linsey.Program, *, is_joined: bool) ->
 
     found = operations(jax.make_jaxpr(own)(state, call.args))
     expected = operations(jax.make_jaxpr(linen)(dict(call.variables), call.args))
+    assert_operations(found, expected, is_joined=is_joined)
+
+
+def assert_operations(
+    found: Mapping[str, int], expected: Mapping[str, int], *, is_joined: bool
+) -> None:
+    """Asserts that there are as many of each kind.
+
+    Args:
+        found: by kind.
+        expected: by kind.
+        is_joined: whether there may be fewer of those that join and split kernels.
+    """
+    expected = dict(expected)
     if is_joined:
         names = [name for name in expected if found.get(name, 0) < expected[name]]
         assert {name.split()[0] for name in names} <= {"add", "concatenate", "split"}
-        expected |= {name: found.get(name, 0) for name in names}
-    assert {n: c for n, c in found.items() if c} == {n: c for n, c in expected.items() if c}
+        expected |= {name: found[name] for name in names if name in found}
+        expected = {name: count for name, count in expected.items() if name in found}
+    assert found == expected
 
 
 def check_eager(call: Call, program: linsey.Program) -> None:

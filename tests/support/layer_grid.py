@@ -28,6 +28,9 @@ whose operations are only counted."""
 ROWS = {row.cls: row for row in rows("linen").values() if not row.reason}
 """The layers of the grid."""
 
+ALIASES = (nn.MultiHeadAttention, nn.SelfAttention)
+"""Those that compute as another one of them does."""
+
 
 # --------------------------------------------------------------------------------------
 # functions that layers take
