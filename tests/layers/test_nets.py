@@ -169,7 +169,7 @@ def _call(spec: Spec, train: bool) -> Call:
 
 
 @settings(
-    max_examples=60 if os.environ.get("LINSEY_GRID") == "full" else 8,
+    max_examples=60 if os.environ.get("LINSEY_GRID") == "full" else 6,
     deadline=None,
     derandomize=True,
     database=None,

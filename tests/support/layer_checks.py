@@ -70,7 +70,12 @@ def assert_operations(
     expected = dict(expected)
     if is_joined:
         names = [name for name in expected if found.get(name, 0) < expected[name]]
-        assert {name.split()[0] for name in names} <= {"add", "concatenate", "split"}
+        assert {name.split()[0] for name in names} <= {
+            "add",
+            "concatenate",
+            "convert_element_type",
+            "split",
+        }
         expected |= {name: found[name] for name in names if name in found}
         expected = {name: count for name, count in expected.items() if name in found}
     assert found == expected
