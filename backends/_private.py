@@ -35,6 +35,22 @@ get_node_impl = graphlib.get_node_impl
 GraphNodeImpl = graphlib.GraphNodeImpl
 
 
+@functools.cache
+def written_as_linen(kind: Any) -> type[Variable[Any]]:
+    """A type of Variables that take what is written to them as it is, as Linen's scopes do.
+
+    NNX casts it to the dtype that was there, and its BatchNorm stops gradients through statistics
+    that it could write in place, which it asks ``_can_update`` for.
+    """
+
+    def set_value(self: Variable[Any], value: Any, *, index: Any = ...) -> None:
+        assert index is ...
+        object.__setattr__(self, "_raw_value", value)
+
+    body = {"__slots__": (), "_can_update": property(lambda _: False), "set_value": set_value}
+    return type(kind.__name__, (kind,), body)
+
+
 def to_linen_call() -> Any:
     """The function of ``ToLinen.__call__`` below Linen's wrapper, as an interceptor sees it."""
     return getattr(ToLinen.__call__, "__wrapped__", None)
@@ -46,15 +62,6 @@ def store_variables(wrapper: ToLinen, module: Any) -> None:
 
 
 @functools.lru_cache(maxsize=1 << 10)
-def differentiable(kind: type[Variable[Any]]) -> type[Variable[Any]]:
-    """The class of Variables through whose new values gradients flow.
-
-    ``nnx.BatchNorm`` asks its Variables whether they can be updated, which these always can, and
-    stops the gradient of new statistics if so. Linen's lets it through.
-    """
-    return type(kind.__name__, (kind,), {"_can_update": False})
-
-
 @functools.lru_cache
 def _fold(count: int, separated: bool) -> Any:
     return jax.jit(lambda key: LazyRng.create(key, count).as_jax_rng())

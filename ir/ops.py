@@ -211,13 +211,19 @@ _ENTRIES = (
     ),
     Op(
         name="einsum",
-        fields={"einsum_str": None, "kernel_shape": REQUIRED, "bias_shape": None, **_MATMUL},
+        fields={
+            "einsum_str": None,
+            "kernel_shape": REQUIRED,
+            "use_bias": True,
+            "bias_shape": None,
+            **_MATMUL,
+        },
         slots=(
             OpSlot(name="kernel", shape=lambda f: tuple(f["kernel_shape"])),
             OpSlot(
                 name="bias",
-                shape=lambda f: tuple(f["bias_shape"]),
-                when=lambda f: f["bias_shape"] is not None,
+                shape=lambda f: tuple(f["bias_shape"] or ()),
+                when=_if("use_bias"),
             ),
         ),
     ),

@@ -6,10 +6,13 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen, nnx
+
+from linsey._layers.functions import LinenAttention
 
 MODES = ("deterministic", "use_running_average")
 """What Linen code may say of a layer when it makes it, or when it calls it."""
@@ -129,7 +132,10 @@ def _attention(
             if len(args) > 1 or kwargs.get("inputs_k") is not None:
                 raise ValueError("inputs_kv cannot be given beside inputs_k and inputs_v")
             kwargs |= {"inputs_k": both, "inputs_v": both}
-    return _with_keys(module, made, args, kwargs, kwargs.pop("dropout_rng", None))
+    key, function = kwargs.pop("dropout_rng", None), getattr(made, "attention_fn", None)
+    if key is not None and isinstance(function, LinenAttention):
+        made.attention_fn = replace(function, dropout_rng=key)
+    return _with_keys(module, made, args, kwargs, key)
 
 
 def _with_keys(

@@ -18,7 +18,7 @@ from linsey.backends.linen._nested import MISSING, merged, value_in, with_value
 from linsey.backends.linen.calls import adapted, with_modes
 from linsey.backends.nnx.build import Plan
 from linsey.backends.nnx.emit import new_state
-from linsey.backends.nnx.native import Native, with_variables
+from linsey.backends.nnx.native import Changes, Native, with_variables
 from linsey.backends.nnx.objects import rebuild, value_at
 from linsey.ir import EmitError, Path, as_key, format_path
 
@@ -56,7 +56,7 @@ class Standin:
         build: Callable[[list[Any]], Any],
         read: Callable[[Any], Sequence[Any]],
         op: str,
-        changes: Callable[[linen.Module], Mapping[str, Any]] | None = None,
+        changes: Callable[[linen.Module], Changes] | None = None,
         boxes: Sequence[int | None] = (),
     ) -> None:
         self.prefers_own = False
@@ -86,8 +86,8 @@ class Standin:
         """
         values = [self._value(module, place) for place in self.places]
         made = self._build(values)
-        if self._changes is not None:
-            vars(made).update(self._changes(module))
+        for path, value in () if self._changes is None else self._changes(module):
+            vars(value_at(made, path[:-1]))[str(path[-1])] = value
         kwargs = with_modes(module, made, kwargs)
         args, kwargs = adapted(self._op, module, made, args, kwargs, self.prefers_own)
         grown = _size(made)
@@ -141,9 +141,12 @@ def of_native(native: Native, obj: Any, op: str) -> tuple[Standin, list[nnx.Vari
     """The stand-in of a layer that is as it was emitted, and its Variables."""
     variables = [value_at(obj, part.path) for part in native.parts]
     paths = [part.path for part in native.parts]
-    kinds: list[Any] = [type(variable) for variable in variables]
-    if op == "batch_norm":
-        kinds = [_private.differentiable(kind) for kind in kinds]
+    kinds: list[Any] = [
+        type(variable)
+        if native.collection(part) == "params"
+        else _private.written_as_linen(type(variable))
+        for part, variable in zip(native.parts, variables, strict=True)
+    ]
 
     def build(values: list[Any]) -> Any:
         made = {

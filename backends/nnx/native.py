@@ -29,6 +29,10 @@ from linsey.ir import (
     encode,
     format_path,
 )
+from linsey.ir.ops import Shape
+
+Changes = tuple[tuple[Path, Any], ...]
+"""Attributes of a module, by path below it, with their values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,8 @@ class Native:
         parts: its Variables.
         graph: the graph.
         own: the fields of the Linen layer.
+        shapes: the shapes of its variables by neutral name.
+        inputs: the shape of its first input, where that is known.
     """
 
     def __init__(
@@ -85,12 +91,16 @@ class Native:
         neutral: Mapping[str, Any],
         parts: Sequence[Part],
         graph: Graph,
+        shapes: Mapping[str, Shape],
+        inputs: Shape | None,
     ) -> None:
         self.source = source
         self.target = target
         self.own = own
         self.neutral = neutral
-        self._seen: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
+        self._shapes = shapes
+        self._inputs = inputs
+        self._seen: dict[tuple[int, ...], tuple[Any, Changes]] = {}
         self.cls = target.cls
         self.is_lifted = False
         """Whether the Linen class is one that a transform made of it."""
@@ -131,8 +141,8 @@ class Native:
         kind, metadata = self._kinds[part]
         return kind.from_metadata(value, dict(metadata))
 
-    def changes(self, module: Any) -> dict[str, Any]:
-        """The attributes of the layer that another Linen instance asks for.
+    def changes(self, module: Any) -> Changes:
+        """The attributes of the layer, by path, that another Linen instance asks for.
 
         Linen code makes its layers anew in each call, and may make them otherwise:
         ``nn.Dropout(0.5, deterministic=not train)``.
@@ -154,28 +164,27 @@ class Native:
             }
             if len(self._seen) > _MOST_SEEN:
                 self._seen.clear()
-            self._seen[key] = values, self._attributes(module, new)  # which keeps the ids
+            self._seen[key] = values, self._asked(module, new)  # which keeps the ids
         return self._seen[key][1]
 
-    def _attributes(self, module: Any, new: Mapping[str, Any]) -> dict[str, Any]:
-        by_own = {each.own: each for each in self.source.fields}
-        by_name = {each.name: each for each in self.target.fields}
-        found, neutral = {}, dict(self.neutral)
-        for name, value in new.items():
-            field = by_own.get(name)
-            written = None if field is None else by_name.get(field.name)
-            if field is not None:
-                neutral[field.name] = field.read(value)
-            same = self.source.neutral.shapes(neutral) == self.source.neutral.shapes(self.neutral)
-            if field is None or written is None or not same:
-                raise EmitError(
-                    f"this call makes the layer with {name}={value!r}; when it was lowered, that"
-                    f" was {self.own[name]!r}, and {self.cls.__name__} cannot change it",
-                    path=format_path(module.path),
-                    fix="Emit the model with native=False.",
-                )
-            found[written.own] = written.write(neutral[field.name])
-        return found
+    def _asked(self, module: Any, new: Mapping[str, Any]) -> Changes:
+        """What differs in the layer that has some fields otherwise, in those that it holds too."""
+        if not new:
+            return ()
+        try:
+            neutral = self.source.read({**self.own, **new}, self._shapes, self._inputs)
+            made = construct(self.target, neutral)
+        except (RefusedError, TypeError, ValueError, IndexError, KeyError) as error:
+            fields = ", ".join(
+                f"{name}={value!r} (was {self.own[name]!r})" for name, value in new.items()
+            )
+            raise EmitError(
+                f"this call makes the layer with other fields than when it was lowered: {fields};"
+                f" {self.cls.__name__} cannot follow that: {error}",
+                path=format_path(module.path),
+                fix="Emit the model with native=False.",
+            ) from error
+        return tuple(_differences(self._template, made, ()))
 
     def fits(self, obj: Any) -> bool:
         """Whether an object still has the classes and the Variables of this layer."""
@@ -246,6 +255,16 @@ def constructor_of(native: Native, wrap: Callable[[Any], Any]) -> Callable[[nnx.
 _MODES = frozenset({"deterministic", "use_running_average"})
 """What an instance is called with: it changes no layer."""
 _MOST_SEEN = 64
+
+
+def _differences(old: Any, new: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """The attributes of a module that are otherwise in another of its class, with their values."""
+    for name, value in vars(new).items():
+        other = vars(old)[name]
+        if isinstance(value, nnx.Module):
+            yield from _differences(other, value, (*path, name))
+        elif not name.startswith("_pytree__") and not isinstance(other, nnx.Variable):
+            yield from () if _is_equal(value, other) else (((*path, name), value),)
 
 
 def _is_equal(value: Any, other: Any) -> bool:
@@ -361,9 +380,10 @@ def _native_layer(graph: Graph, number: int) -> Native:
     slots = _neutral_slots(graph, number, source)
     shapes = {name: own_shape(graph.slots[slot]) for name, slot in slots.items()}
     is_lifted = cls is not source.cls
-    neutral = source.read(fields, shapes, None if is_lifted else _first_input(graph, number))
+    inputs = None if is_lifted else _first_input(graph, number)
+    neutral = source.read(fields, shapes, inputs)
     parts = list(_parts(graph, target, slots))
-    native = Native(source, target, fields, neutral, parts, graph)
+    native = Native(source, target, fields, neutral, parts, graph, shapes, inputs)
     native.is_lifted = is_lifted
     return native
 

@@ -323,9 +323,9 @@ def test_layers_made_otherwise_than_when_lowered() -> None:
         assert_same(model(X, dtype), Changing().apply(variables, X, dtype))
     with pytest.raises(linsey.LinseyError) as caught:
         model(X, use_bias=False)
-    assert str(caught.value) == (
-        "at Dense_0: this call makes the layer with use_bias=False; when it was lowered, that was"
-        " True, and Linear cannot change it\nEmit the model with native=False."
+    assert str(caught.value).startswith(
+        "at Dense_0: this call makes the layer with other fields than when it was lowered:"
+        " use_bias=False (was True); Linear cannot follow that"
     )
     hosted = linsey.to_nnx(Changing(), X, variables=variables, native=False)
     assert_same(hosted(X, use_bias=False), Changing().apply(variables, X, use_bias=False))

@@ -85,6 +85,8 @@ class LinenAttention:
 
     function: Callable[..., Any]
     force_fp32_for_softmax: bool = False
+    dropout_rng: Any = None
+    """The key of a call. Linen hands it on even where nothing is dropped, NNX does not."""
 
     def __call__(self, *args: Any, module: Any = None, is_causal: bool = False, **kw: Any) -> Any:
         """Attends: arrays of shape ``[batch..., length, heads, depth]``."""
@@ -93,6 +95,9 @@ class LinenAttention:
             mask = jax_tril(length, width)
             kw["mask"] = linen.combine_masks(kw.get("mask"), mask)
         kw["force_fp32_for_softmax"] = self.force_fp32_for_softmax
+        kw["qk_attn_weights_einsum"] = kw["attn_weights_value_einsum"] = None
+        if kw.get("dropout_rng") is None:
+            kw["dropout_rng"] = self.dropout_rng
         known = inspect.signature(self.function).parameters
         given = {name: value for name, value in kw.items() if name in known}
         if module is not None:

@@ -146,6 +146,9 @@ def _attention(found: Found, shapes: Shapes, inputs: Shape | None) -> dict[str, 
         raise RefusedError("keys and values have another number of features")
     query, out = shapes.get("query_kernel", ()), shapes.get("out_kernel", ())
     cached = shapes.get("cached_key")
+    for name, size in {"qkv_features": query[1] * query[2], "out_features": out[-1]}.items():
+        if (found[name] or query[0]) != size:
+            raise RefusedError(f"{name}={found[name]}, and its variables have {size}")
     return {
         "in_features": query[0],
         "in_kv_features": key[0],
@@ -317,14 +320,14 @@ ROWS: tuple[Row, ...] = (
         cls=linen.Einsum,
         fields=(
             *_TYPES,
-            *fields("einsum_str", "precision", "preferred_element_type"),
+            *fields("einsum_str", "use_bias", "precision", "preferred_element_type"),
             Field(name="kernel_shape", own="shape", read=tupled),
-            Field(name="bias_shape", own="use_bias", write=lambda shape: shape is not None),
             PROMOTE,
         ),
         ignored=_INITS,
         slots=_WEIGHTS,
         infer=_einsum,
+        implied=frozenset({"bias_shape"}),
         check=_einsum_bias,
     ),
     Row(

@@ -50,7 +50,7 @@ def _tupled(*names: str) -> tuple[Field, ...]:
 
 
 def _einsum(found: Found, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
-    return {"bias_shape": shapes.get("bias")}
+    return {"use_bias": "bias" in shapes, "bias_shape": shapes.get("bias")}
 
 
 def _num_features(found: Found, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
@@ -97,6 +97,8 @@ def _cell_row(op: str, cls: type, *own: str, slots: Mapping[str, Place], **optio
         fixed={"rngs": None},
         ignored=frozenset({"carry_init"}),
         slots=slots,
+        # The default takes no half precision; the values come from elsewhere.
+        make={"recurrent_kernel_init": nnx.initializers.zeros_init()},
         **options,
     )
 
@@ -156,6 +158,8 @@ ROWS: tuple[Row, ...] = (
             *_PREFERRED,
             PROMOTE,
         ),
+        implied=frozenset({"use_bias"}),
+        infer=_einsum,
         fixed={"einsum_op": jnp.einsum},
         slots=_WEIGHTS,
         set_after={"einsum_str": "einsum_str"},
