@@ -142,9 +142,7 @@ def of_native(native: Native, obj: Any, op: str) -> tuple[Standin, list[nnx.Vari
     variables = [value_at(obj, part.path) for part in native.parts]
     paths = [part.path for part in native.parts]
     kinds: list[Any] = [
-        type(variable)
-        if native.collection(part) == "params"
-        else _private.written_as_linen(type(variable))
+        type(variable) if native.collection(part) == "params" else _written(type(variable))
         for part, variable in zip(native.parts, variables, strict=True)
     ]
 
@@ -160,6 +158,9 @@ def of_native(native: Native, obj: Any, op: str) -> tuple[Standin, list[nnx.Vari
 
     boxes = [part.slots[0] if len(part.slots) == 1 else None for part in native.parts]
     return Standin(_native_places(native), build, read, op, native.changes, boxes), variables
+
+
+_written: Callable[[Any], Any] = _private.written_as_linen
 
 
 @functools.lru_cache(maxsize=1 << 12)

@@ -163,6 +163,12 @@ def _cell(found: Found, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
     return {"in_features": _axis(shapes, kernel, 0)}
 
 
+def _full_precision(neutral: Mapping[str, Any]) -> None:
+    if neutral["param_dtype"] in (jnp.bfloat16, jnp.float16):
+        # Linen asks the initialiser at each call, and an NNX layer no longer has its own.
+        raise RefusedError("the initialiser of Linen's cells makes no half precision")
+
+
 def _read_attention(function: Any) -> Any:
     is_own = isinstance(function, NNXAttention)
     return function.function if is_own else LinenAttention(function)
@@ -233,6 +239,7 @@ def _cell_row(op: str, cls: type, *own: str, slots: Mapping[str, Place]) -> Row:
         ignored=frozenset({"recurrent_kernel_init", "carry_init", *_INITS}),
         slots=slots,
         infer=_cell,
+        check=_full_precision,
     )
 
 
