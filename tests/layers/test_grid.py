@@ -52,8 +52,7 @@ def check(point: Point, *, with_numbers: bool) -> None:
     call = call_of(point, is_scanned=True)
     program = lowered(call)
     check_report(program)
-    # Linen joins the kernels of this cell at each call; NNX keeps them joined.
-    check_operations(call, program, is_joined=point.cls is nn.OptimizedLSTMCell)
+    check_operations(call, program)
     if with_numbers:
         check_emitted(call, program)
         check_jitted(call, program)

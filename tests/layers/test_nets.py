@@ -181,5 +181,5 @@ def test_a_net(spec: Spec, train: bool) -> None:
     program = lowered(call)
     check_report(program)
     check_emitted(call, program)
-    check_operations(call, program, is_joined="OptimizedLSTMCell" in repr(spec))
+    check_operations(call, program)
     check_jitted(call, program)

@@ -348,7 +348,7 @@ _OWN: dict[str, dict[str, tuple[Any, ...]]] = {
         "@shape": ((), (2, 3, 2)),
     },
     "multi_head_attention": _CROSS,
-    **dict.fromkeys(("lstm_cell", "optimized_lstm_cell", "simple_cell"), _CELL),
+    **dict.fromkeys(("lstm_cell", "simple_cell"), _CELL),
 }
 _BASE: dict[str, dict[str, Any]] = {
     "dense": {"features": 3, "@shape": (2, 4)},
@@ -366,7 +366,6 @@ _BASE: dict[str, dict[str, Any]] = {
     "prelu": {"@shape": (2, 3)},
     "multi_head_attention": {"num_heads": 2, "@shape": (2, 3, 4)},
     "lstm_cell": {"features": 3, "@shape": (2, 4)},
-    "optimized_lstm_cell": {"features": 3, "@shape": (2, 4)},
     "simple_cell": {"features": 3, "@shape": (2, 4)},
 }
 _WITHOUT = {nn.SelfAttention: ("@inputs",)}
