@@ -33,6 +33,8 @@ def _layer(op: str) -> Iterator[str]:
     reasons = [("Linen", row.reason) for row in ours] + [("NNX", row.reason) for row in theirs]
     if any(reason for _, reason in reasons):
         yield from (f"* From {api}: hosted; {why}." for api, why in reasons if why)
+        if ours and theirs:
+            yield from _places(ours[0], theirs[0])
         return
     if not ours or not theirs:
         return
@@ -45,10 +47,7 @@ def _layer(op: str) -> Iterator[str]:
         yield f"* Told by the variables of Linen's: {', '.join(told)}."
     yield from _limits("Linen", source, target)
     yield from _limits("NNX", target, source)
-    moved = list(_moved(source, target))
-    if moved:
-        yield "* Variables, Linen's and NNX's:"
-        yield from (f"  * {line}" for line in moved)
+    yield from _places(source, target)
     if len(source.methods) > 1:
         yield f"* Methods: {', '.join(f'`{name}`' for name in sorted(source.methods))}."
 
@@ -90,6 +89,14 @@ def _limits(api: str, source: Row, target: Row) -> Iterator[str]:
 def _shown(value: Any) -> str:
     name = getattr(value, "__name__", None)
     return name if isinstance(name, str) else repr(value)
+
+
+def _places(source: Row, target: Row) -> Iterator[str]:
+    """What lies elsewhere, as lines of a list."""
+    moved = list(_moved(source, target)) if source.slots else []
+    if moved:
+        yield "* Variables, Linen's and NNX's:"
+        yield from (f"  * {line}" for line in moved)
 
 
 def _moved(source: Row, target: Row) -> Iterator[str]:
