@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from flax import linen, nnx
 
 from linsey._layers.functions import LinenAttention
+from linsey.backends.nnx.native import MODES
 
-MODES = ("deterministic", "use_running_average")
-"""What Linen code may say of a layer when it makes it, or when it calls it."""
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -93,7 +92,7 @@ def with_modes(module: linen.Module, made: Any, kwargs: Mapping[str, Any]) -> Ma
     """
     found = {
         name: getattr(module, name)
-        for name in MODES
+        for name in sorted(MODES)
         if getattr(module, name, None) is not None and _takes(type(made), name)
     }
     given = {name: value for name, value in kwargs.items() if value is not None}

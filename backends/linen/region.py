@@ -304,7 +304,7 @@ class Region:
         previous = _running.stack
         _running.stack = (*previous, None)
         try:
-            return standin.call(module, name, args, kwargs)
+            return standin.call(module, name, run, args, kwargs)
         finally:
             _running.stack = previous
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +45,9 @@ class Standin:
         build: makes the module, from their values in this order.
         read: gives their values after a call.
         op: the neutral layer that the Linen module is.
-        changes: gives the attributes that a Linen instance asks for and the module has otherwise.
+        changes: gives the attributes that a Linen instance asks for and the module has otherwise;
+            an EmitError where the module cannot follow.
+        is_linens: tells whether Linen's own code can run on these variables in its place.
         boxes: the slot of the graph in whose Linen box each variable travels, or None.
     """
 
@@ -57,11 +58,13 @@ class Standin:
         read: Callable[[Any], Sequence[Any]],
         op: str,
         changes: Callable[[linen.Module], Changes] | None = None,
+        is_linens: Callable[[], bool] | None = None,
         boxes: Sequence[int | None] = (),
     ) -> None:
         self.prefers_own = False
         """Whether a stream of the module's own comes before those of the Linen scope."""
         self._changes = changes
+        self._is_linens = is_linens
         self.places = places
         self.boxes = boxes
         self._build = build
@@ -77,16 +80,28 @@ class Standin:
             holder[place.path[-1]] = value
 
     def call(
-        self, module: linen.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        module: linen.Module,
+        name: str,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Any:
-        """Calls a method in place of the Linen module's.
+        """Calls a method in place of the Linen module's, which is `run`.
 
         Raises:
-            EmitError: a variable did not arrive, or one that changed cannot leave.
+            EmitError: a variable did not arrive, or one that changed cannot leave; or the layer is
+                made otherwise than when it was lowered, and cannot follow.
         """
+        try:
+            changes = () if self._changes is None else self._changes(module)
+        except EmitError:
+            if self._is_linens is not None and self._is_linens():
+                return run(*args, **kwargs)
+            raise
         values = [self._value(module, place) for place in self.places]
         made = self._build(values)
-        for path, value in () if self._changes is None else self._changes(module):
+        for path, value in changes:
             vars(value_at(made, path[:-1]))[str(path[-1])] = value
         kwargs = with_modes(module, made, kwargs)
         args, kwargs = adapted(self._op, module, made, args, kwargs, self.prefers_own)
@@ -156,14 +171,17 @@ def of_native(native: Native, obj: Any, op: str) -> tuple[Standin, list[nnx.Vari
     def read(made: Any) -> list[Any]:
         return [value_at(made, path).get_raw_value() for path in paths]
 
+    def is_linens() -> bool:
+        return native.keeps_places and native.is_unchanged(obj)
+
     boxes = [part.slots[0] if len(part.slots) == 1 else None for part in native.parts]
-    return Standin(_native_places(native), build, read, op, native.changes, boxes), variables
+    places = _native_places(native)
+    return Standin(places, build, read, op, native.changes, is_linens, boxes), variables
 
 
 _written: Callable[[Any], Any] = _private.written_as_linen
 
 
-@functools.lru_cache(maxsize=1 << 12)
 def _native_places(native: Native) -> tuple[Place, ...]:
     return tuple(
         Place(

@@ -81,6 +81,7 @@ class Native:
         own: the fields of the Linen layer.
         shapes: the shapes of its variables by neutral name.
         inputs: the shape of its first input, where that is known.
+        template: the layer with shapes for values, which equal layers share.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Native:
         graph: Graph,
         shapes: Mapping[str, Shape],
         inputs: Shape | None,
+        template: Any,
     ) -> None:
         self.source = source
         self.target = target
@@ -109,20 +111,12 @@ class Native:
             part: (kind_of(graph.slots[part.slots[0]]), _metadata(graph, part)) for part in parts
         }
         self._collections = {part: graph.slots[part.slots[0]].collection for part in parts}
-        self._template = construct(target, neutral)
-        self._complete(graph)
-
-    def _complete(self, graph: Graph) -> None:
-        """Checks the Variables of the template, and adds those that no constructor makes."""
-        found = {path for path, _ in nnx.to_flat_state(nnx.state(self._template))}
-        more = found - {part.path for part in self.parts}
-        if more:
-            raise RefusedError(f"flax.nnx.{self.cls.__name__} holds {min(map(str, more))} besides")
-        for part in self.parts:
-            if part.path not in found:  # a cache
-                value = part.join([_trees.abstract_value(graph.slots[s]) for s in part.slots])
-                holder = value_at(self._template, part.path[:-1])
-                setattr(holder, str(part.path[-1]), self._kinds[part][0](value))
+        self._template = template
+        self.keeps_places = all(
+            len(part.slots) == 1 and part.path in {place.path for place in source.slots.values()}
+            for part in parts
+        )
+        """Whether its Variables lie where the Linen layer keeps them."""
 
     def collection(self, part: Part) -> str:
         """The Linen collection of a Variable."""
@@ -153,7 +147,7 @@ class Native:
         Raises:
             EmitError: it asks for what the class cannot do.
         """
-        names = [name for name in self.own if name not in self.source.ignored | _MODES]
+        names = [name for name in self.own if name not in self.source.ignored | MODES]
         values = [getattr(module, name) for name in names]
         key = tuple(map(id, values))
         if key not in self._seen:
@@ -252,8 +246,8 @@ def constructor_of(native: Native, wrap: Callable[[Any], Any]) -> Callable[[nnx.
     return lambda rngs: row.cls(**options, **({"rngs": rngs} if takes_rngs else {}))
 
 
-_MODES = frozenset({"deterministic", "use_running_average"})
-"""What an instance is called with: it changes no layer."""
+MODES = frozenset({"deterministic", "use_running_average"})
+"""What Linen code may say of a layer when it makes it, or when it calls it: it changes no layer."""
 _MOST_SEEN = 64
 
 
@@ -383,9 +377,29 @@ def _native_layer(graph: Graph, number: int) -> Native:
     inputs = None if is_lifted else _first_input(graph, number)
     neutral = source.read(fields, shapes, inputs)
     parts = list(_parts(graph, target, slots))
-    native = Native(source, target, fields, neutral, parts, graph, shapes, inputs)
+    templates = graph.memo.setdefault("native templates", {})
+    key = (node.source.cls, node.attrs, tuple(sorted(shapes.items())), inputs)
+    if key not in templates:
+        templates[key] = _template(target, neutral, parts, graph)
+    template = templates[key]
+    native = Native(source, target, fields, neutral, parts, graph, shapes, inputs, template)
     native.is_lifted = is_lifted
     return native
+
+
+def _template(target: Row, neutral: Mapping[str, Any], parts: Sequence[Part], graph: Graph) -> Any:
+    """A layer as its constructor makes it, with the Variables that a graph has for it."""
+    made = construct(target, neutral)
+    found = {path for path, _ in nnx.to_flat_state(nnx.state(made))}
+    more = found - {part.path for part in parts}
+    if more:
+        raise RefusedError(f"flax.nnx.{target.cls.__name__} holds {min(map(str, more))} besides")
+    for part in parts:
+        if part.path not in found:  # a cache
+            value = part.join([_trees.abstract_value(graph.slots[slot]) for slot in part.slots])
+            holder = value_at(made, part.path[:-1])
+            setattr(holder, str(part.path[-1]), kind_of(graph.slots[part.slots[0]])(value))
+    return made
 
 
 def _neutral_slots(graph: Graph, number: int, row: Row) -> dict[str, int]:

@@ -5,7 +5,6 @@ Shared by frontends and backends.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from linsey._places import slots_below
@@ -35,6 +34,7 @@ class Lifts:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._owners = sorted({axis.owner for slot in graph.slots for axis in slot.stack}, key=len)
+        self._known: dict[Path, dict[str, StackAxis | None]] = {}
         self._carried: dict[int, frozenset[str]] = {}
         """For the slots of NNX modules in the place of Linen ones: what passes there."""
         for node in graph.nodes:
@@ -47,10 +47,12 @@ class Lifts:
         """The transforms that a module at a path is called inside of, outermost first."""
         return [owner for owner in self._owners if path[: len(owner)] == owner]
 
-    @functools.cache  # noqa: B019 - it lives as long as its graph
     def _lifted(self, owner: Path) -> dict[str, StackAxis | None]:
         """The collections that a transform passes on, with the axis that it stacks them by."""
+        if owner in self._known:
+            return self._known[owner]
         found: dict[str, StackAxis | None] = {}
+        self._known[owner] = found
         for number, slot in enumerate(self._graph.slots):
             if slot.path[: len(owner)] != owner:
                 continue

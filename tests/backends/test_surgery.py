@@ -321,6 +321,9 @@ def test_layers_made_otherwise_than_when_lowered() -> None:
     model = linsey.to_nnx(Changing(), X, variables=variables)
     for dtype in (None, jnp.bfloat16, jnp.float32):
         assert_same(model(X, dtype), Changing().apply(variables, X, dtype))
+    # The layer cannot follow that: Linen's own code runs, unless the layer is no longer its own.
+    assert_same(model(X, use_bias=False), Changing().apply(variables, X, use_bias=False))
+    model.Dense_0.precision = "highest"
     with pytest.raises(linsey.LinseyError) as caught:
         model(X, use_bias=False)
     assert str(caught.value).startswith(

@@ -52,6 +52,14 @@ def test_a_layer(point: Point) -> None:
     if hasattr(source, "initialize_carry"):
         args.insert(0, source.initialize_carry(args[0].shape, rngs=nnx.Rngs(0)))
     mutable = [name for name in variables if name != "params"]
+    if IS_FULL or point.label == "default":
+        graphdef, state = nnx.split(source)
+        assert_same(
+            jax.jit(lambda *args: module.apply(variables, *args, mutable=mutable, **options)[0])(
+                *args
+            ),
+            jax.jit(lambda *args: nnx.merge(graphdef, state)(*args, **options))(*args),
+        )
     found, updates = module.apply(variables, *args, mutable=mutable, **options)
     expected = source(*args, **options)
     assert_same(found, expected)
