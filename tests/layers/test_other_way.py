@@ -54,12 +54,16 @@ def test_a_layer(point: Point) -> None:
     mutable = [name for name in variables if name != "params"]
     if IS_FULL or point.label == "default":
         graphdef, state = nnx.split(source)
-        assert_same(
-            jax.jit(lambda *args: module.apply(variables, *args, mutable=mutable, **options)[0])(
-                *args
-            ),
-            jax.jit(lambda *args: nnx.merge(graphdef, state)(*args, **options))(*args),
-        )
+
+        @jax.jit
+        def linen(*args: Any) -> Any:
+            return module.apply(variables, *args, mutable=mutable, **options)[0]
+
+        @jax.jit
+        def own(state: Any, *args: Any) -> Any:
+            return nnx.merge(graphdef, state)(*args, **options)
+
+        assert_same(linen(*args), own(state, *args))
     found, updates = module.apply(variables, *args, mutable=mutable, **options)
     expected = source(*args, **options)
     assert_same(found, expected)
