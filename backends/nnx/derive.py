@@ -16,7 +16,7 @@ from flax import nnx
 
 from linsey._collections import unboxed
 from linsey._lifts import Lifts
-from linsey.backends.nnx.native import Native, constructor_of, native_layer, native_root
+from linsey.backends.nnx.native import Native, maker, native_layer, native_root
 from linsey.backends.nnx.nodes import is_hosted
 from linsey.backends.nnx.objects import value_at
 from linsey.ir import Graph, StackAxis, Values, node_paths
@@ -71,7 +71,12 @@ def _natives(graph: Graph) -> Any:
 
 def _made(native: Native, rngs: nnx.Rngs, stack: tuple[StackAxis, ...]) -> Any:
     """The layer as its constructor makes it; with the stacked axes in front."""
-    make: Callable[[nnx.Rngs], Any] = constructor_of(native, _plain)
+    inits = {
+        name: _plain(value)
+        for name, value in native.own.items()
+        if name in native.source.ignored and name.endswith("_init")
+    }
+    make = maker(native.target, native.neutral, inits)
     for axis in reversed(stack):
         make = nnx.split_rngs(splits=axis.length)(nnx.vmap(make, in_axes=(0,), out_axes=0))
     return make(rngs)
@@ -107,8 +112,3 @@ def give_streams(graph: Graph, model: Any, rngs: nnx.Rngs) -> None:
 
 def _draws(neutral: Mapping[str, Any]) -> bool:
     return bool(neutral.get("rate", neutral.get("dropout_rate", 0.0)))
-
-
-def streams_of(keys: Mapping[str, Any] | nnx.Rngs | None) -> nnx.Rngs:
-    """Streams of keys, as NNX makes them."""
-    return keys if isinstance(keys, nnx.Rngs) else nnx.Rngs(**dict(keys or {}))

@@ -85,7 +85,7 @@ class LinenHost(nnx.Module):
             EmitError: the module's values are stacked by a transform that its parent runs, or a
                 PRNG stream is missing.
         """
-        region, graph = _region(self.linsey_spec), self.linsey_spec.graph
+        region, graph = Region.of(self.linsey_spec), self.linsey_spec.graph
         _check_not_stacked(region)
         held = self._held(region)
         variables = region.assemble(functools.partial(self._value, region), held)
@@ -310,10 +310,6 @@ def _boxed_value(graph: Graph, variable: nnx.Variable[Any], slot: int | None) ->
     return boxed(entry, variable.get_raw_value(), variable.get_metadata("out_sharding", None))
 
 
-def _region(spec: HostSpec) -> Region:
-    return Region.of(spec)
-
-
 def _with_extra(region: Region, extra: dict[str, Any], held: Mapping[Path, Any]) -> Any:
     names = [name for name in extra if name != "intermediates"]
     for standin, _ in held.values():
@@ -361,7 +357,7 @@ def _check_not_stacked(region: Region) -> None:
 def _outer_axis(spec: HostSpec) -> tuple[Path, StackAxis | None]:
     """The path of a node, and an axis that a transform above it stacks its values by."""
     where = node_paths(spec.graph)[spec.node]
-    for slot, _, _ in _region(spec).slots:
+    for slot, _, _ in Region.of(spec).slots:
         for axis in spec.graph.slots[slot].stack:
             if axis.owner[: len(where)] != where:
                 return where, axis

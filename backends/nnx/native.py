@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -204,8 +205,15 @@ class Native:
         return found
 
 
-def construct(row: Row, neutral: Mapping[str, Any]) -> Any:
-    """A layer of NNX as its constructor makes it, with shapes for values.
+def maker(
+    row: Row, neutral: Mapping[str, Any], inits: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[[nnx.Rngs], Any]:
+    """What calls the constructor of a layer of NNX.
+
+    Args:
+        row: the row of its class.
+        neutral: its fields.
+        inits: initialisers by name; those that it does not take are left out.
 
     Raises:
         RefusedError: this release of flax does not take one of the fields.
@@ -216,34 +224,23 @@ def construct(row: Row, neutral: Mapping[str, Any]) -> Any:
     unknown = options.keys() - known.keys()
     if unknown:
         raise RefusedError(f"this flax.nnx.{row.cls.__name__} has no {min(unknown)}")
+    options |= {name: init for name, init in inits.items() if name in known}
     takes_rngs = "rngs" in known and "rngs" not in options
+    return lambda rngs: row.cls(**options, **({"rngs": rngs} if takes_rngs else {}))
 
-    def make() -> Any:
-        return row.cls(**options, **({"rngs": nnx.Rngs(0)} if takes_rngs else {}))
 
+def construct(row: Row, neutral: Mapping[str, Any]) -> Any:
+    """A layer of NNX as its constructor makes it, with shapes for values.
+
+    Raises:
+        RefusedError: this release of flax does not take one of the fields.
+    """
+    make = maker(row, neutral)
     with nnx.use_eager_sharding(False):
-        made = nnx.eval_shape(make)
+        made = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     for attribute, name in row.set_after.items():
         setattr(made, attribute, neutral[name])
     return made
-
-
-def constructor_of(native: Native, wrap: Callable[[Any], Any]) -> Callable[[nnx.Rngs], Any]:
-    """What makes a layer anew, with the initialisers of the Linen layer.
-
-    Args:
-        native: the layer.
-        wrap: what becomes of an initialiser.
-    """
-    row = native.target
-    options = {**row.write(native.neutral), **row.make}
-    constructor: Any = row.cls.__init__  # type: ignore[misc]
-    known = inspect.signature(constructor).parameters
-    for name, value in native.own.items():
-        if name in native.source.ignored and name.endswith("_init") and name in known:
-            options[name] = wrap(value)
-    takes_rngs = "rngs" in known and "rngs" not in options
-    return lambda rngs: row.cls(**options, **({"rngs": rngs} if takes_rngs else {}))
 
 
 MODES = frozenset({"deterministic", "use_running_average"})

@@ -164,8 +164,10 @@ def _to_nnx_by_its_keys(
     native: bool,
 ) -> Any:
     """`to_nnx` of a Linen module, by NNX's derivation."""
-    is_seed = rngs is None or isinstance(rngs, int)
-    streams = nnx.Rngs(rngs or 0) if is_seed else derive.streams_of(_streams(rngs))
+    if rngs is None or isinstance(rngs, int):
+        streams = nnx.Rngs(rngs or 0)
+    else:
+        streams = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(**_trees.key_dict(rngs))
     names = {"params", *(name for name, _ in streams.items())} - {"default"}
     program = lower(
         source,
@@ -185,10 +187,6 @@ def _to_nnx_by_its_keys(
             derive.give_streams(program.graph, model, streams)
         _give_streams(model, program, streams)
     return model
-
-
-def _streams(rngs: Any) -> Any:
-    return rngs if isinstance(rngs, nnx.Rngs) else _trees.key_dict(rngs)
 
 
 def _check_derivation(derivation: str) -> None:

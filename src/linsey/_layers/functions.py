@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen, nnx
 
 from linsey._collections import kind_of_collection
@@ -92,8 +93,8 @@ class LinenAttention:
         """Attends: arrays of shape ``[batch..., length, heads, depth]``."""
         if is_causal:
             length, width = args[0].shape[-3], args[1].shape[-3]
-            mask = jax_tril(length, width)
-            kw["mask"] = linen.combine_masks(kw.get("mask"), mask)
+            causal = jnp.tril(jnp.ones((1, length, width), bool))
+            kw["mask"] = linen.combine_masks(kw.get("mask"), causal)
         kw["force_fp32_for_softmax"] = self.force_fp32_for_softmax
         kw["qk_attn_weights_einsum"] = kw["attn_weights_value_einsum"] = None
         if kw.get("dropout_rng") is None:
@@ -103,13 +104,6 @@ class LinenAttention:
         if module is not None:
             given["module"] = _Sower(module)
         return self.function(*args, **given)
-
-
-def jax_tril(length: int, width: int) -> Any:
-    """A causal mask of shape ``[1, length, width]``."""
-    import jax.numpy as jnp
-
-    return jnp.tril(jnp.ones((1, length, width), bool))
 
 
 @dataclass(frozen=True)
