@@ -332,3 +332,16 @@ def test_layers_made_otherwise_than_when_lowered() -> None:
     )
     hosted = linsey.to_nnx(Changing(), X, variables=variables, native=False)
     assert_same(hosted(X, use_bias=False), Changing().apply(variables, X, use_bias=False))
+
+
+def test_a_native_attention_takes_the_options_of_nnx() -> None:
+    class Attend(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, mask: Any = None) -> Any:
+            return nn.MultiHeadDotProductAttention(2, name="attn")(x, mask=mask)
+
+    x = jax.random.normal(jax.random.key(1), (1, 3, 4))
+    model = linsey.to_nnx(Attend(), x, rngs=0)
+    causal = model.attn(x, decode=False, is_causal=True)
+    assert_same(causal, model(x, nn.make_causal_mask(x[..., 0])))
+    assert not jnp.array_equal(causal, model(x))
